@@ -279,7 +279,11 @@ def make_train(config: Config):
             (td_loss, (q, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch_stats, *minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
             carry = optax.apply_updates(params, updates), batch_stats, opt_state
-            return carry, {"losses/td_loss": td_loss, "losses/q_values": q, "losses/grad_norm": optax.global_norm(grads)}
+            return carry, {
+                "losses/td_loss": td_loss,
+                "losses/q_values": q,
+                "losses/grad_norm": optax.global_norm(grads),
+            }
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
@@ -291,6 +295,7 @@ def make_train(config: Config):
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
+
         def unfinished(carry):
             return (carry[0] < env_params.max_steps_in_episode) & ~carry[-1].all()
 
@@ -359,9 +364,9 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     import wandb  # not at the top: it takes seconds
 
     names = [f"seed-{config.seed + i}" for i in range(config.num_seeds) if config.num_seeds <= 16]
+    names += ["mean"] * (config.num_seeds > 1)
     shared = {"config": dataclasses.asdict(config), "project": config.wandb_project, "group": run_dir.name}
     shared |= {"mode": config.wandb_mode, "dir": run_dir, "resume": "allow", "reinit": "create_new"}
-    names += ["mean"] * (config.num_seeds > 1)
     runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **shared) for name in names]
     for run in runs:
         run.define_metric("global_step")
@@ -369,20 +374,24 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     return runs
 
 
-def save_learning_curve(path: Path, table: np.ma.MaskedArray, names: list[str], title: str) -> None:
-    """Plot the returns in table [num_updates, num_seeds, names]: mean and standard deviation over seeds."""
+def plot_returns(path: Path, table: np.ma.MaskedArray, names: list[str], title: str) -> str:
+    """Plot the returns in table [num_updates, num_seeds, names]; tell the last ones, mean ± standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps of a seed", ylabel="episodic return", title=title)
+    summary = []
     for name in [name for name in names if name.endswith("episodic_return")]:
-        known = ~np.ma.getmaskarray(table[..., names.index(name)]).all(axis=1)
-        steps, returns = table[known, 0, names.index("global_step")], table[known, :, names.index(name)]
-        mean, std = returns.mean(1), returns.std(1)
-        axes.plot(steps, mean, label=name)
-        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
+        known = table[~np.ma.getmaskarray(table[..., names.index(name)]).all(axis=1)]
+        if len(known):
+            steps, returns = known[:, 0, names.index("global_step")], known[..., names.index(name)]
+            mean, std = returns.mean(axis=1), returns.std(axis=1)
+            axes.plot(steps, mean, label=name)
+            axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
+            summary.append(f"{name} {mean[-1]:.1f} ± {std[-1]:.1f}")
     axes.legend()
     figure.savefig(path, dpi=150)
+    return ", ".join(summary)
 
 
 def main(config: Config) -> Path:
@@ -391,7 +400,7 @@ def main(config: Config) -> Path:
     try:
         if config.resume:
             if config != Config(resume=config.resume):
-                raise ValueError(f"--resume is {config.resume}; it takes no other flags: the run keeps those it has")
+                raise ValueError("takes no other flags, the run keeps its own")
             run_dir = Path(config.resume)
             config = Config(**json.loads((run_dir / "config.json").read_text()))
         # On a CPU: a device a core, for seeds to run side by side, and one thread each (these matrices are small).
@@ -412,6 +421,9 @@ def main(config: Config) -> Path:
     def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
         return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
 
+    def start(keys):
+        return over_seeds(lambda key: train(key, num_updates=0)[0], keys)
+
     def proceed(states):  # the update number is the same for all seeds: kept out of vmap, evaluation stays a branch
         number = states.update[0]
         return over_seeds(lambda state: train(state=state._replace(update=number), num_updates=chunk_size), states)
@@ -420,9 +432,8 @@ def main(config: Config) -> Path:
         seeds = PartitionSpec("seeds")
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False), **options)
 
-    start = time.time()
-    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    states = on_devices(lambda keys: over_seeds(lambda key: train(key, num_updates=0)[0], keys))(keys)
+    started = time.time()
+    states = on_devices(start)(jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds)))
     checkpoint, csv = run_dir / "checkpoint.msgpack", run_dir / "metrics.csv"
     if checkpoint.exists():
         try:
@@ -433,15 +444,16 @@ def main(config: Config) -> Path:
             fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
     run_chunk = on_devices(proceed, donate_argnums=0).lower(states).compile()
     names = sorted(jax.eval_shape(proceed, states)[1])
-    compile_seconds, start, first = time.time() - start, time.time(), int(states.update[0])
+    compile_seconds, started = time.time() - started, time.time()
 
+    first = done = int(states.update[0])
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
     rows = csv.read_text().splitlines()[1 : 1 + first * config.num_seeds] if first else []
     csv.write_text("\n".join([",".join(["seed", *names]), *rows, ""]))
     runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
-    bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit="steps", unit_scale=True)
-    done, saved_at, nan_seeds, stops, pending = first, time.time(), set(), [], []
+    bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
+    saved_at, nan_seeds, stops, pending = time.time(), set(), [], []
 
     def record(number, metrics):
         """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
@@ -449,15 +461,19 @@ def main(config: Config) -> Path:
         table = np.stack([metrics[name] for name in names], axis=-1).swapaxes(0, 1)
         with csv.open("a") as file:
             for update, seed in np.ndindex(table.shape[:2]):
-                file.write(",".join([f"{config.seed + seed}", *(f"{value:.10g}" for value in table[update, seed])]) + "\n")
+                row = [f"{config.seed + seed}", *(f"{value:.10g}" for value in table[update, seed])]
+                file.write(",".join(row) + "\n")
                 if np.isnan(metrics["losses/td_loss"][seed, update]) and seed not in nan_seeds:
                     nan_seeds.add(seed)
                     bar.write(f"seed {config.seed + seed}: the loss is NaN from update {number + update + 1} on")
-        for row in table if runs else []:
-            mean = np.ma.masked_invalid(row).mean(0).filled(np.nan)
-            for run, values in zip(runs, [*row, mean][-len(runs) :], strict=True):
-                run.log({name: value for name, value in zip(names, values, strict=True) if np.isfinite(value)})
-        bar.set_postfix_str(f"return {np.ma.masked_invalid(metrics['charts/episodic_return']).mean():.1f}", refresh=False)
+        for rows in np.ma.masked_invalid(table) if runs else []:
+            means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
+            logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]
+            for run, log in zip(runs, logs[-len(runs) :], strict=True):
+                run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
+        bar.set_postfix_str(
+            f"return {np.ma.masked_invalid(metrics['charts/episodic_return']).mean():.1f}", refresh=False
+        )
         bar.update(len(table) * update_steps)
 
     def save(name, tree):
@@ -479,27 +495,34 @@ def main(config: Config) -> Path:
     for chunk in pending:
         record(*chunk)
     bar.close()
+    seconds = time.time() - started
     save(checkpoint.name, states._replace(key=jax.random.key_data(states.key)))
     save("params.msgpack", {"params": states.params, "batch_stats": states.batch_stats})
 
-    seconds = time.time() - start
     table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
-    table = np.ma.masked_invalid(table)
-    save_learning_curve(run_dir / "learning_curve.png", table, names, f"PQN, {config.env_id}, {config.num_seeds} seeds")
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    speed = (done - first) * update_steps / seconds
+    title = f"PQN, {config.env_id}, {config.num_seeds} seeds"
+    summary = plot_returns(run_dir / "learning_curve.png", np.ma.masked_invalid(table), names, title)
     metadata = {
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
         "compile_seconds": compile_seconds,
         "run_seconds": seconds,
-        "steps_per_second": speed,
-        "git_commit": commit or None,
+        "steps_per_second": (done - first) * update_steps / seconds,
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "numpy")},
     }
+    with contextlib.suppress(OSError):  # no git here
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        metadata["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
-    print(f"{done * config.batch_size:,} steps of {config.num_seeds} seeds ...")
+    for run in runs:
+        run.finish()
+    print(f"{title}: {done} of {config.num_updates} updates, {done * config.batch_size:,} environment steps a seed")
+    print(
+        f"{seconds:.1f} s, {metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, "
+        f"after {compile_seconds:.1f} s of compiling"
+    )
+    print(f"{summary} (mean ± standard deviation over seeds)\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    if done < config.num_updates:
+        print(f"To go on: python {Path(__file__).name} --resume {run_dir}")
     return run_dir
 
 
