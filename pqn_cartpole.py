@@ -11,7 +11,7 @@ environments decorrelate its data, and each rollout is used for a few epochs on 
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.10,<0.12", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "gymnax[visualize]>=1.0.1,<2", "six",
+# dependencies = ["jax>=0.10,<0.12", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2", "six>=1.16,<2",
 #   "tyro>=1.0,<2", "tqdm>=4.66,<5", "matplotlib>=3.8,<4", "wandb>=0.31,<0.32", "numpy>=2,<3"]
 # ///
 
@@ -145,8 +145,7 @@ class QNetwork(nn.Module):
 class TrainState(NamedTuple):
     """All that training needs to go on; saved, it is a checkpoint."""
 
-    params: Any
-    batch_stats: Any  # of batch norm; empty for the others
+    variables: Any  # flax's: params and, for batch norm, batch_stats
     opt_state: Any
     env_state: Any
     obs: jax.Array  # [num_envs, obs_dim]
@@ -235,16 +234,12 @@ def make_train(config: Config):
         key, params_key, reset_key = jax.random.split(key, 3)
         obs, env_state = env_reset(jax.random.split(reset_key, config.num_envs), env_params)
         variables = network.init(params_key, obs)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        return TrainState(params, batch_stats, optimizer.init(params), env_state, obs, key, jnp.int32(0))
-
-    def q_values(state, obs):
-        return network.apply({"params": state.params, "batch_stats": state.batch_stats}, obs)
+        return TrainState(variables, optimizer.init(variables["params"]), env_state, obs, key, jnp.int32(0))
 
     def collect(state, epsilon, key):
         def step(carry, keys):
             obs, env_state = carry
-            q = q_values(state, obs)
+            q = network.apply(state.variables, obs)
             action = epsilon_greedy(keys[0], q, epsilon)
             next_obs, env_state, *outcome, info = env_step(keys[1:], env_state, action, env_params)
             return (next_obs, env_state), Transition(obs, action, q.max(-1), *outcome, info)
@@ -257,41 +252,38 @@ def make_train(config: Config):
         # The value of where a step led is that of the next row, except where a time limit put a reset in between.
         # These are few, so the network sees the final observations of those steps (and the last ones) alone.
         final_observation = rollout.info["final_observation"]
-        last_value = q_values(state, final_observation[-1:]).max(-1)
+        last_value = network.apply(state.variables, final_observation[-1:]).max(-1)
         next_values = jnp.concatenate([rollout.value[1:], last_value])
         (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=max_truncations, fill_value=config.batch_size)
-        cut_values = q_values(state, final_observation.reshape(config.batch_size, -1)[cut]).max(-1)
+        cut_values = network.apply(state.variables, final_observation.reshape(config.batch_size, -1)[cut]).max(-1)
         next_values = next_values.ravel().at[cut].set(cut_values, mode="drop").reshape(next_values.shape)
         terminated = rollout.terminated | (False if config.bootstrap_on_truncation else rollout.truncated)
         rewards = config.reward_scale * rollout.reward
         return lambda_returns(rewards, next_values, terminated, rollout.truncated, config.gamma, config.td_lambda)
 
-    def loss(params, batch_stats, obs, action, target):
-        variables = {"params": params, "batch_stats": batch_stats}
-        q, variables = network.apply(variables, obs, train=True, mutable=["batch_stats"])
+    def loss(params, variables, obs, action, target):
+        q, updated = network.apply(variables | {"params": params}, obs, train=True, mutable=["batch_stats"])
         chosen = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
-        return 0.5 * jnp.square(chosen - target).mean(), (chosen.mean(), variables.get("batch_stats", {}))
+        return 0.5 * jnp.square(chosen - target).mean(), (chosen.mean(), updated)
 
     def learn(state, rollout, key):
         def gradient_step(carry, index):
-            params, batch_stats, opt_state = carry
+            variables, opt_state = carry
             minibatch = jax.tree.map(lambda x: x[index], batch)
-            (td_loss, (q, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch_stats, *minibatch)
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (td_loss, (q, updated)), grads = grad(variables["params"], variables, *minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
-            carry = optax.apply_updates(params, updates), batch_stats, opt_state
-            return carry, {
-                "losses/td_loss": td_loss,
-                "losses/q_values": q,
-                "losses/grad_norm": optax.global_norm(grads),
-            }
+            variables = variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
+            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.global_norm(grads)}
+            return (variables, opt_state), {f"losses/{name}": value for name, value in losses.items()}
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
         # The order that sorts random bits is a random permutation: one sort shuffles for all epochs.
         order = jax.random.bits(key, (config.num_epochs, config.batch_size)).argsort()
-        carry = state.params, state.batch_stats, state.opt_state
-        carry, losses = jax.lax.scan(gradient_step, carry, order.reshape(num_gradient_steps, -1))
-        return TrainState(*carry, *state[3:]), jax.tree.map(jnp.mean, losses)
+        carry = state.variables, state.opt_state
+        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, order.reshape(num_gradient_steps, -1))
+        return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
@@ -302,7 +294,7 @@ def make_train(config: Config):
         def step(carry):
             t, obs, env_state, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
-            action = q_values(state, obs).argmax(-1)
+            action = network.apply(state.variables, obs).argmax(-1)
             obs, env_state, reward, terminated, truncated, _ = env_step(keys, env_state, action, env_params)
             return t + 1, obs, env_state, returns + reward * ~finished, finished | terminated | truncated
 
@@ -357,6 +349,12 @@ def parse_args(args: list[str]) -> Config:
             text = re.sub("[─│╭╮╰╯]", " ", errors.getvalue()).split("\n", 1)[1]  # a box with a title
             fail(text.split("For full helptext")[0].replace("Error parsing Config: ", ""))
         raise
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write to another name and rename: a kill at any moment leaves either file whole."""
+    path.with_suffix(".tmp").write_bytes(data)
+    path.with_suffix(".tmp").replace(path)
 
 
 def start_wandb(config: Config, run_dir: Path) -> list:
@@ -424,9 +422,9 @@ def main(config: Config) -> Path:
     def start(keys):
         return over_seeds(lambda key: train(key, num_updates=0)[0], keys)
 
-    def proceed(states):  # the update number is the same for all seeds: kept out of vmap, evaluation stays a branch
-        number = states.update[0]
-        return over_seeds(lambda state: train(state=state._replace(update=number), num_updates=chunk_size), states)
+    def proceed(states):  # all seeds have the same update number: outside vmap it leaves evaluation a branch
+        update = states.update[0]
+        return over_seeds(lambda state: train(state=state._replace(update=update), num_updates=chunk_size), states)
 
     def on_devices(function, **options):
         seeds = PartitionSpec("seeds")
@@ -442,15 +440,15 @@ def main(config: Config) -> Path:
             states = jax.tree.map(lambda new, old: jax.device_put(new.reshape(old.shape), old.sharding), saved, states)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
-    run_chunk = on_devices(proceed, donate_argnums=0).lower(states).compile()
-    names = sorted(jax.eval_shape(proceed, states)[1])
+    lowered = on_devices(proceed, donate_argnums=0).lower(states)
+    run_chunk, names = lowered.compile(), sorted(lowered.out_info[1])
     compile_seconds, started = time.time() - started, time.time()
 
     first = done = int(states.update[0])
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
     rows = csv.read_text().splitlines()[1 : 1 + first * config.num_seeds] if first else []
-    csv.write_text("\n".join([",".join(["seed", *names]), *rows, ""]))
+    replace(csv, "\n".join([",".join(["seed", *names]), *rows, ""]).encode())
     runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
     bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
     saved_at, nan_seeds, stops, pending = time.time(), set(), [], []
@@ -471,15 +469,13 @@ def main(config: Config) -> Path:
             logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]
             for run, log in zip(runs, logs[-len(runs) :], strict=True):
                 run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
-        bar.set_postfix_str(
-            f"return {np.ma.masked_invalid(metrics['charts/episodic_return']).mean():.1f}", refresh=False
-        )
+        mean_return = np.ma.masked_invalid(metrics["charts/episodic_return"]).mean()
+        bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         bar.update(len(table) * update_steps)
 
-    def save(name, tree):
-        """Write to another name and rename: a kill at any moment leaves the last whole file."""
-        (run_dir / "unfinished").write_bytes(serialization.to_bytes(jax.device_get(tree)))
-        (run_dir / "unfinished").replace(run_dir / name)
+    def save_checkpoint():
+        host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+        replace(checkpoint, serialization.to_bytes(host_states))
 
     signal.signal(signal.SIGINT, lambda *_: stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     while done < config.num_updates and not stops:
@@ -490,17 +486,17 @@ def main(config: Config) -> Path:
         while len(pending) > (0 if save_now else 1):
             record(*pending.pop(0))
         if save_now:
-            save(checkpoint.name, states._replace(key=jax.random.key_data(states.key)))
+            save_checkpoint()
             saved_at = time.time()
     for chunk in pending:
         record(*chunk)
     bar.close()
     seconds = time.time() - started
-    save(checkpoint.name, states._replace(key=jax.random.key_data(states.key)))
-    save("params.msgpack", {"params": states.params, "batch_stats": states.batch_stats})
+    save_checkpoint()
+    replace(run_dir / "params.msgpack", serialization.to_bytes(jax.device_get(states.variables)))
 
     table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
-    title = f"PQN, {config.env_id}, {config.num_seeds} seeds"
+    title = f"PQN, {config.env_id}, {config.num_seeds} seed{'s' * (config.num_seeds > 1)}"
     summary = plot_returns(run_dir / "learning_curve.png", np.ma.masked_invalid(table), names, title)
     metadata = {
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
@@ -512,7 +508,7 @@ def main(config: Config) -> Path:
     with contextlib.suppress(OSError):  # no git here
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         metadata["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
+    replace(run_dir / "metadata.json", json.dumps(metadata, indent=2).encode())
     for run in runs:
         run.finish()
     print(f"{title}: {done} of {config.num_updates} updates, {done * config.batch_size:,} environment steps a seed")

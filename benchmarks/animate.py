@@ -1,0 +1,50 @@
+"""Animate the trained policy of a run: python benchmarks/animate.py runs/<run>
+
+Loads params.msgpack as anyone would, plays one greedy episode and lets gymnax draw it: the classic control tasks (with
+pygame, which requirements.txt brings), MinAtar, Catch, and the mazes.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"SDL_AUDIODRIVER": "dummy", "SDL_VIDEODRIVER": "dummy"}  # pygame draws without a screen
+
+import jax
+import tyro
+from flax import serialization
+from gymnax.visualize import Visualizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -> None:
+    """Write policy.gif into the folder of the run.
+
+    Args:
+        run: Folder of a run.
+        seed: Which of its seeds, counted from 0.
+        max_steps: Frames at the most; a frame takes about a tenth of a second.
+    """
+    script = importlib.import_module(run.resolve().name.split("__")[0])
+    config = script.Config(**json.loads((run / "config.json").read_text()))
+    variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
+    variables = jax.tree.map(lambda x: x[seed], variables)
+    env, env_params = script.make_env(config.env_id)
+    act = jax.jit(lambda obs: script.QNetwork(env.num_actions, config).apply(variables, obs).argmax())
+
+    obs, env_state = env.reset(jax.random.key(0), env_params)
+    env_states, ended = [], False
+    while not ended and len(env_states) < max_steps:
+        env_states.append(env_state.env_state)
+        key = jax.random.key(len(env_states))
+        obs, env_state, _, terminated, truncated, _ = env.step(key, env_state, act(obs), env_params)
+        ended = terminated or truncated
+    Visualizer(env, env_params, env_states).animate(str(run / "policy.gif"))
+    print(f"{len(env_states)} frames in {run / 'policy.gif'}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
