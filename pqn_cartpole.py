@@ -274,7 +274,7 @@ def make_train(config: Config):
             (td_loss, (q, updated)), grads = grad(variables["params"], variables, *minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
             variables = variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
-            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.global_norm(grads)}
+            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
             return (variables, opt_state), {f"losses/{name}": value for name, value in losses.items()}
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
@@ -463,7 +463,8 @@ def main(config: Config) -> Path:
                 file.write(",".join(row) + "\n")
                 if np.isnan(metrics["losses/td_loss"][seed, update]) and seed not in nan_seeds:
                     nan_seeds.add(seed)
-                    bar.write(f"seed {config.seed + seed}: the loss is NaN from update {number + update + 1} on")
+                    text = f"seed {config.seed + seed}: the loss is NaN from update {number + update + 1} on"
+                    bar.write(text, file=sys.stderr)
         for rows in np.ma.masked_invalid(table) if runs else []:
             means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
             logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]

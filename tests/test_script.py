@@ -1,0 +1,181 @@
+"""The script as a person runs it: alone in an empty folder, in a process of its own."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import struct
+import time
+
+import numpy as np
+import pytest
+from flax import serialization
+
+FILES = {"checkpoint.msgpack", "config.json", "learning_curve.png", "metadata.json", "metrics.csv", "params.msgpack"}
+
+
+def finish(process):
+    """Wait for a process that is to succeed; its output."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+def run_folder(command):
+    (folder,) = (command.folder / "runs").iterdir()
+    return folder
+
+
+def results(folder):
+    """The bytes that a run must reproduce."""
+    return (folder / "metrics.csv").read_bytes(), (folder / "params.msgpack").read_bytes()
+
+
+def test_help(command):
+    output, _ = finish(command("--help", tiny=[]))
+    assert "arXiv 2407.04811" in output and "--td-lambda" in output and "Discount factor" in output
+
+
+def test_run_leaves_its_files_and_no_warning(command):
+    output, errors = finish(command("--num-seeds=2", "--seed=5", "--anneal_lr=False", "--total-timesteps=3.2e2"))
+    folder = run_folder(command)
+    assert re.fullmatch(r"\w+__CartPole-v1__5__\d+", folder.name)
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert "warning" not in (output + errors).lower()
+    assert str(folder.relative_to(command.folder)) in output and "steps/s" in output and "100%" in errors
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_seeds"] == 2 and config["anneal_lr"] is False and config["total_timesteps"] == 320
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(int(row["seed"]), int(row["global_step"])) for row in rows] == [
+        (seed, 32 * update) for update in range(1, 11) for seed in (5, 6)
+    ]
+    assert len({row["charts/learning_rate"] for row in rows}) == 1
+    variables = serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
+    assert variables["params"]["Dense_0"]["kernel"].shape == (2, 4, 16)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["steps_per_second"] > 0 and "jax" in metadata["versions"]
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_seed_does_not_depend_on_those_beside_it(command):
+    finish(command("--num-seeds=3", "--seed=7"))
+    together = {row for row in (run_folder(command) / "metrics.csv").read_text().splitlines() if row.startswith("8,")}
+    finish(command("--seed=8", "--runs-dir=alone"))
+    (alone,) = (command.folder / "alone").iterdir()
+    rows = list(csv.reader((alone / "metrics.csv").read_text().splitlines()[1:]))
+    assert len(rows) == 12
+    np.testing.assert_allclose(
+        np.array(rows, float), np.array(list(csv.reader(sorted(together, key=lambda r: int(r.split(",")[6])))), float),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+LONG = ["--num-seeds=3", "--total-timesteps=9600", "--checkpoint-interval=0", "--eval-interval=50"]
+
+
+def test_killed_and_resumed_equals_never_killed(command):
+    """SIGKILL at KILLS random moments; the bytes of metrics and parameters are those of a run left alone."""
+    started = time.time()
+    finish(command(*LONG, "--runs-dir=whole"))
+    seconds = time.time() - started
+    (whole,) = (command.folder / "whole").iterdir()
+    flags, tiny, moments, kills = LONG, {}, random.Random(0), int(os.environ.get("KILLS", "3"))
+    while kills:
+        process = command(*flags, **tiny)
+        if not (folders := list(command.folder.glob("runs/*/config.json"))):
+            while not folders and process.poll() is None:
+                time.sleep(0.05)
+                folders = list(command.folder.glob("runs/*/config.json"))
+            time.sleep(moments.uniform(0, 1))
+        else:
+            time.sleep(moments.uniform(0, seconds))
+        process.kill()
+        process.communicate()
+        kills -= 1
+        flags, tiny = [f"--resume={folders[0].parent}"], {"tiny": []}
+    finish(command(*flags, **tiny))
+    assert results(run_folder(command)) == results(whole)
+
+
+def test_interrupted_and_resumed(command):
+    """Ctrl-C ends the run after the updates under way, with all its files."""
+    finish(command(*LONG, "--runs-dir=whole"))
+    (whole,) = (command.folder / "whole").iterdir()
+    process = command(*LONG)
+    while process.poll() is None and not list(command.folder.glob("runs/*/checkpoint.msgpack")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = finish(process)
+    folder = run_folder(command)
+    assert {path.name for path in folder.iterdir()} == FILES
+    if results(folder) != results(whole):
+        assert "--resume" in output
+    finish(command(f"--resume={folder}", tiny=[]))
+    assert results(folder) == results(whole)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x00" * 99])
+def test_unreadable_checkpoint(command, damage):
+    finish(command())
+    checkpoint = run_folder(command) / "checkpoint.msgpack"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    process = command(f"--resume={run_folder(command)}", tiny=[])
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "--resume" in errors and "checkpoint.msgpack" in errors and len(errors.splitlines()) == 1
+
+
+def test_nan_is_named(command):
+    flags = ["--learning-rate=1", "--reward-scale=2e9", "--norm=none", "--max-grad-norm=2e9", "--num-seeds=2"]
+    _, errors = finish(command(*flags, "--gamma=1", "--eval-interval=0"))
+    named = re.findall(r"seed (\d): the loss is NaN from update (\d+) on", errors)
+    rows = list(csv.DictReader((run_folder(command) / "metrics.csv").open()))
+    nan_updates = {
+        row["seed"]: int(row["global_step"]) // 32 for row in reversed(rows) if row["losses/td_loss"] == "nan"
+    }
+    assert nan_updates and {seed: int(update) for seed, update in named} == nan_updates
+
+
+def wandb_history(path):
+    """The records of history in an offline file of Weights & Biases: a leveldb log of protobuf messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, message, history, config = path.read_bytes(), 7, b"", [], {}
+    while at + 7 <= len(data):
+        if 32_768 - at % 32_768 < 7:
+            at += 32_768 - at % 32_768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record, message = Record.FromString(message), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+            if record.WhichOneof("record_type") == "run":
+                run = record.run
+                config = {item.key: json.loads(item.value_json) for item in run.config.update} or config
+    return run.display_name, run.run_group, config, history
+
+
+def test_wandb_offline(command):
+    finish(command("--num-seeds=2", "--wandb-mode=offline"))
+    folder = run_folder(command)
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    runs = {}
+    for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        name, group, config, history = wandb_history(path)
+        assert group == folder.name and config["num_envs"] == 4
+        runs[name] = history
+    assert set(runs) == {"seed-0", "seed-1", "mean"}
+    for seed in "01":
+        mine = [row for row in rows if row["seed"] == seed]
+        assert [item["global_step"] for item in runs[f"seed-{seed}"]] == [int(row["global_step"]) for row in mine]
+        logged = [item["losses/td_loss"] for item in runs[f"seed-{seed}"]]
+        np.testing.assert_allclose(logged, [float(row["losses/td_loss"]) for row in mine], rtol=1e-5)
+        assert sum("eval/episodic_return" in item for item in runs[f"seed-{seed}"]) == 3
+    assert len(runs["mean"]) == 12 and "losses/td_loss_std" in runs["mean"][0]

@@ -1,0 +1,211 @@
+"""train: pure, exact in chunks, the same under vmap, with hyperparameters that may be traced."""
+
+import dataclasses
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from gymnax.environments import environment, spaces
+
+
+def assert_equal(first, second, **tolerance):
+    """Two pytrees, bit for bit or within a tolerance; typed keys and NaN included."""
+    first, second = (
+        jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
+        for tree in (first, second)
+    )
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        if tolerance:
+            np.testing.assert_allclose(a, b, **tolerance)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def whole_run(script, config):
+    return jax.jit(script.make_train(config))(jax.random.key(3))
+
+
+def test_same_seed_same_bits(script, config, whole_run):
+    assert_equal(jax.jit(script.make_train(config))(jax.random.key(3)), whole_run)
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (6, 6), (2, 7, 3)])
+def test_chunks_equal_one_run(script, config, whole_run, sizes):
+    train = script.make_train(config)
+    state, metrics = jax.jit(lambda key: train(key, num_updates=sizes[0]))(jax.random.key(3))
+    parts = [metrics]
+    for size in sizes[1:]:
+        state, metrics = jax.jit(lambda state, size=size: train(state=state, num_updates=size))(state)
+        parts.append(metrics)
+    assert_equal((state, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)), whole_run)
+
+
+def test_vmapped_seed_equals_the_seed_alone(script, config):
+    def train(key):
+        return script.make_train(config)(key, num_updates=3)
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    states, metrics = jax.jit(jax.vmap(train))(keys)
+    for i in range(3):
+        alone = jax.jit(train)(keys[i])
+        together = jax.tree.map(lambda x, i=i: x[i], (states, metrics))
+        assert_equal(together[0].variables, alone[0].variables, atol=1e-5)
+        assert_equal(together[1], alone[1], atol=1e-4)
+
+
+def test_traced_hyperparameters(script, config):
+    """Every float that is a hyperparameter at once, two values of each in one program."""
+    values = {
+        "learning_rate": [1e-2, 1e-3],
+        "gamma": [0.9, 0.99],
+        "td_lambda": [0.0, 0.8],
+        "epsilon_start": [0.5, 1.0],
+        "epsilon_finish": [0.0, 0.5],
+        "epsilon_decay": [0.1, 1.0],
+        "max_grad_norm": [0.01, 10.0],
+        "reward_scale": [0.1, 1.0],
+    }
+    missing = {field.name for field in dataclasses.fields(config) if field.type is float} - set(values)
+    assert missing == {"checkpoint_interval"}
+
+    def run(hyperparameters):
+        return script.make_train(dataclasses.replace(config, **hyperparameters))(jax.random.key(0))
+
+    _, swept = jax.jit(jax.vmap(run))({name: jnp.array(pair) for name, pair in values.items()})
+    for i in range(2):
+        _, alone = jax.jit(lambda i=i: run({name: pair[i] for name, pair in values.items()}))()
+        assert_equal(jax.tree.map(lambda x, i=i: x[i], swept), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_metrics(config, whole_run):
+    _, metrics = whole_run
+    number = np.arange(1, config.num_updates + 1)
+    assert {value.shape for value in metrics.values()} == {(config.num_updates,)}
+    np.testing.assert_array_equal(metrics["global_step"], number * config.num_envs * config.num_steps)
+    np.testing.assert_array_equal(np.isnan(metrics["eval/episodic_return"]), number % config.eval_interval != 0)
+    for name in ("epsilon", "learning_rate", "episodic_return", "episodic_length"):
+        assert f"charts/{name}" in metrics
+    for name in ("td_loss", "q_values", "grad_norm"):
+        assert np.isfinite(metrics[f"losses/{name}"]).all()
+    assert metrics["charts/epsilon"][0] == config.epsilon_start
+    np.testing.assert_allclose(metrics["charts/epsilon"][-1], config.epsilon_finish)
+    np.testing.assert_allclose(metrics["charts/learning_rate"][0], config.learning_rate)
+    assert 0 < metrics["charts/learning_rate"][-1] < config.learning_rate
+
+
+def test_last_update_is_evaluated(script, config):
+    config = dataclasses.replace(config, eval_interval=5)
+    _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
+    np.testing.assert_array_equal(np.flatnonzero(~np.isnan(metrics["eval/episodic_return"])), [4, 9, 11])
+
+
+def primitives(jaxpr):
+    """Names of all primitives in a jaxpr and in those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def test_evaluation_stays_a_branch_under_vmap(script, config):
+    train = script.make_train(config)
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    states, _ = jax.vmap(lambda key: train(key, num_updates=0))(keys)
+
+    def unbatched(states):
+        return jax.vmap(lambda state: train(state=state._replace(update=states.update[0]), num_updates=4))(states)
+
+    def batched(states):
+        return jax.vmap(lambda state: train(state=state, num_updates=4))(states)
+
+    assert "cond" in list(primitives(jax.make_jaxpr(jax.vmap(train))(keys).jaxpr))
+    assert "cond" in list(primitives(jax.make_jaxpr(unbatched)(states).jaxpr))
+    assert "cond" not in list(primitives(jax.make_jaxpr(batched)(states).jaxpr))
+
+
+def test_no_callback(script, config):
+    names = set(primitives(jax.make_jaxpr(script.make_train(config))(jax.random.key(0)).jaxpr))
+    assert "scan" in names and not [name for name in names if "callback" in name]
+
+
+ENVIRONMENTS = [
+    "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite", "UmbrellaChain-bsuite",
+    "DiscountingChain-bsuite", "Breakout-MinAtar", "FourRooms-misc", "MetaMaze-misc",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_environments(script, config, env_id):
+    config = dataclasses.replace(config, env_id=env_id, total_timesteps=2 * 32, eval_interval=0)
+    try:
+        train = script.make_train(config)
+    except ValueError as error:
+        assert "spaces" in str(error)
+        pytest.skip(str(error))
+    _, metrics = jax.jit(train)(jax.random.key(0))
+    assert np.isfinite(metrics["losses/td_loss"]).all()
+
+
+@struct.dataclass
+class ClockParams(environment.EnvParams):
+    max_steps_in_episode: int = 5
+
+
+class Clock(environment.Environment):
+    """Rewards every step with 1 and never terminates; only the limit of 5 steps cuts it."""
+
+    num_actions = 2
+    default_params = ClockParams()
+    action_space = staticmethod(lambda params: spaces.Discrete(2))
+    observation_space = staticmethod(lambda params: spaces.Box(0, 1, (1,), jnp.float32))
+
+    def step_env(self, key, state, action, params):
+        state = state.replace(time=state.time + 1)
+        return jnp.ones(1), state, jnp.float32(1), jnp.bool_(False), {}
+
+    def reset_env(self, key, params):
+        return jnp.ones(1), environment.EnvState(time=jnp.int32(0))
+
+
+@pytest.mark.parametrize("bootstrap, td_lambda", [(True, 0.0), (True, 0.9), (False, 0.9)])
+def test_truncation_is_not_an_end(script, config, bootstrap, td_lambda):
+    """Every state is the same, so with bootstrapping its value is 1 / (1 - gamma), over however short episodes."""
+    if "Clock" not in gymnax.registered_envs:
+        gymnax.register("Clock", Clock)
+    config = dataclasses.replace(
+        config, env_id="Clock", total_timesteps=32 * 800, eval_interval=0, gamma=0.8, td_lambda=td_lambda,
+        reward_scale=1.0, learning_rate=1e-2, anneal_lr=True, bootstrap_on_truncation=bootstrap,
+    )  # fmt: skip
+    _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
+    value = metrics["losses/q_values"][-1]
+    if bootstrap:
+        np.testing.assert_allclose(value, 1 / (1 - 0.8), atol=0.1)
+    else:
+        assert value < 4
+
+
+def test_truncation_flag_changes_nothing_without_truncation(script, config):
+    runs = [
+        jax.jit(script.make_train(dataclasses.replace(config, bootstrap_on_truncation=flag)))(jax.random.key(0))
+        for flag in (True, False)
+    ]
+    assert_equal(*runs)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "none"])
+def test_norms(script, config, norm):
+    train = script.make_train(dataclasses.replace(config, norm=norm))
+    before, _ = train(jax.random.key(0), num_updates=0)
+    after, metrics = jax.jit(lambda state: train(state=state, num_updates=2))(before)
+    assert ("batch_stats" in after.variables) == (norm == "batch_norm")
+    assert np.isfinite(metrics["losses/td_loss"]).all()
+    if norm == "batch_norm":
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.variables, after.variables)
+        assert all(jax.tree.leaves(moved["batch_stats"]))
