@@ -212,8 +212,9 @@ def make_env(env_id: str):
 def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=config.num_updates) -> (TrainState, metrics).
 
-    It starts from a key or goes on from a state. metrics is a flat dict of arrays [num_updates]: returns are NaN in an
-    update that ended no episode, evaluations in one that had none. jit it, vmap it over keys, or over floats of config.
+    It starts from a key, by train.init(key), or goes on from a state. metrics is a flat dict of arrays [num_updates]:
+    returns are NaN in an update that ended no episode, evaluations in one that had none. jit it, vmap it over keys, or
+    over floats of config.
     To vmap over states, take the update number out of the batch: train(state=state._replace(update=states.update[0])).
     Raises ValueError as make_env does.
     """
@@ -328,6 +329,7 @@ def make_train(config: Config):
         state = init(key) if state is None else state
         return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
 
+    train.init = init
     return train
 
 
@@ -419,9 +421,6 @@ def main(config: Config) -> Path:
     def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
         return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
 
-    def start(keys):
-        return over_seeds(lambda key: train(key, num_updates=0)[0], keys)
-
     def proceed(states):  # all seeds have the same update number: outside vmap it leaves evaluation a branch
         update = states.update[0]
         return over_seeds(lambda state: train(state=state._replace(update=update), num_updates=chunk_size), states)
@@ -431,7 +430,8 @@ def main(config: Config) -> Path:
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False), **options)
 
     started = time.time()
-    states = on_devices(start)(jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds)))
+    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    states = on_devices(lambda keys: over_seeds(train.init, keys))(keys)
     checkpoint, csv = run_dir / "checkpoint.msgpack", run_dir / "metrics.csv"
     if checkpoint.exists():
         try:
@@ -457,14 +457,14 @@ def main(config: Config) -> Path:
         """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
         metrics = jax.device_get(metrics)
         table = np.stack([metrics[name] for name in names], axis=-1).swapaxes(0, 1)
+        seeds = np.broadcast_to(config.seed + np.arange(config.num_seeds)[:, None], (*table.shape[:2], 1))
         with csv.open("a") as file:
-            for update, seed in np.ndindex(table.shape[:2]):
-                row = [f"{config.seed + seed}", *(f"{value:.10g}" for value in table[update, seed])]
-                file.write(",".join(row) + "\n")
-                if np.isnan(metrics["losses/td_loss"][seed, update]) and seed not in nan_seeds:
-                    nan_seeds.add(seed)
-                    text = f"seed {config.seed + seed}: the loss is NaN from update {number + update + 1} on"
-                    bar.write(text, file=sys.stderr)
+            np.savetxt(file, np.concatenate([*np.concatenate([seeds, table], axis=-1)]), fmt="%.10g", delimiter=",")
+        nans = np.isnan(metrics["losses/td_loss"])
+        for seed in set(np.flatnonzero(nans.any(axis=1))) - nan_seeds:
+            nan_seeds.add(seed)
+            first_nan = number + nans[seed].argmax() + 1
+            bar.write(f"seed {config.seed + seed}: the loss is NaN from update {first_nan} on", file=sys.stderr)
         for rows in np.ma.masked_invalid(table) if runs else []:
             means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
             logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]
