@@ -106,6 +106,7 @@ class Config:
     """Weights & Biases project."""
 
     batch_size = property(lambda self: self.num_envs * self.num_steps, doc="Transitions of a rollout.")
+    num_gradient_steps = property(lambda self: self.num_epochs * self.num_minibatches, doc="Of an update.")
     num_updates = property(lambda self: self.total_timesteps // self.batch_size, doc="Rollouts of a run.")
 
     def __post_init__(self):
@@ -222,11 +223,10 @@ def make_train(config: Config):
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
-    num_gradient_steps = config.num_epochs * config.num_minibatches  # of an update
     max_truncations = config.num_envs * min(1 + config.num_steps // env_params.max_steps_in_episode, config.num_steps)
 
     def learning_rate(gradient_step):
-        progress = gradient_step / (config.num_updates * num_gradient_steps)
+        progress = gradient_step / (config.num_updates * config.num_gradient_steps)
         return config.learning_rate * (1 - progress if config.anneal_lr else 1)
 
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.radam(learning_rate))
@@ -283,7 +283,9 @@ def make_train(config: Config):
         # The order that sorts random bits is a random permutation: one sort shuffles for all epochs.
         order = jax.random.bits(key, (config.num_epochs, config.batch_size)).argsort()
         carry = state.variables, state.opt_state
-        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, order.reshape(num_gradient_steps, -1))
+        (variables, opt_state), losses = jax.lax.scan(
+            gradient_step, carry, order.reshape(config.num_gradient_steps, -1)
+        )
         return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
@@ -318,7 +320,7 @@ def make_train(config: Config):
             "charts/episodic_return": (ended * rollout.info["returned_episode_returns"]).sum() / ended.sum(),
             "charts/episodic_length": (ended * rollout.info["returned_episode_lengths"]).sum() / ended.sum(),
             "charts/epsilon": epsilon,
-            "charts/learning_rate": learning_rate(number * num_gradient_steps),
+            "charts/learning_rate": learning_rate(number * config.num_gradient_steps),
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
@@ -403,11 +405,12 @@ def main(config: Config) -> Path:
                 raise ValueError("takes no other flags, the run keeps its own")
             run_dir = Path(config.resume)
             config = Config(**json.loads((run_dir / "config.json").read_text()))
-        # On a CPU: a device a core, for seeds to run side by side, and one thread each (these matrices are small).
+        # On a CPU: a device a core, for seeds to run side by side; one thread each where a batch is small.
         divisors = [n for n in range(1, 4 * os.cpu_count()) if config.num_seeds % n == 0]
-        os.environ.setdefault("NPROC", "1")
+        num_devices = max(divisors, key=lambda n: (min(n, os.cpu_count()), -n))
+        os.environ.setdefault("NPROC", str(max(1, os.cpu_count() // num_devices) if config.batch_size > 4096 else 1))
         with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
-            jax.config.update("jax_num_cpu_devices", max(divisors, key=lambda n: (min(n, os.cpu_count()), -n)))
+            jax.config.update("jax_num_cpu_devices", num_devices)
         train = make_train(config)
     except (OSError, TypeError, ValueError) as error:
         fail(f"--resume is {config.resume}; it takes the folder of a run: {error}" if config.resume else str(error))

@@ -19,12 +19,14 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--num-seeds", type=int, default=1)
 parser.add_argument("--total-timesteps", type=int, default=500_000)
 parser.add_argument("--evaluate", action="store_true")
+parser.add_argument("--norm-type", default="layer_norm")
 args = parser.parse_args()
 
 path = Path(purejaxql.__file__).parent / "config/alg/pqn_cartpole.yaml"
 config = yaml.safe_load(path.read_text())
 config |= {"TOTAL_TIMESTEPS": args.total_timesteps, "TOTAL_TIMESTEPS_DECAY": args.total_timesteps}
 config |= {"TEST_DURING_TRAINING": args.evaluate, "WANDB_MODE": "disabled"}
+config |= {"NORM_TYPE": args.norm_type}
 keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)
 start = time.perf_counter()
 train = jax.jit(jax.vmap(make_train(config))).lower(keys).compile()
