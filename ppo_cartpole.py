@@ -479,11 +479,12 @@ def main(config: Config) -> Path:
         seeds = np.broadcast_to(config.seed + np.arange(config.num_seeds)[:, None], (*table.shape[:2], 1))
         with csv.open("a") as file:
             np.savetxt(file, np.concatenate([*np.concatenate([seeds, table], axis=-1)]), fmt="%.10g", delimiter=",")
-        nans = np.isnan(metrics["losses/policy_loss"])
+        nans = np.isnan(metrics["losses/grad_norm"])
         for seed in set(np.flatnonzero(nans.any(axis=1))) - nan_seeds:
             nan_seeds.add(seed)
             first_nan = number + nans[seed].argmax() + 1
-            bar.write(f"seed {config.seed + seed}: the loss is NaN from update {first_nan} on", file=sys.stderr)
+            text = f"seed {config.seed + seed}: NaN in the loss or its gradient from update {first_nan} on"
+            bar.write(text, file=sys.stderr)
         for rows in np.ma.masked_invalid(table) if runs else []:
             means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
             logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]

@@ -1,9 +1,9 @@
-"""Learning curves of one script under several sets of flags, in one plot and one JSON file.
+"""Learning curves of scripts and flags, in one plot and one JSON file: benchmarks/results/<name>.json and .png.
 
-    python benchmarks/curves.py pqn_cartpole --name norms --variants "layer norm=" "none=--norm none"
+    python benchmarks/curves.py --name pqn_norm --curves "layer norm=pqn_cartpole" "none=pqn_cartpole --norm none"
 
-Every variant is the script run as a person runs it; what it learned is read from the metrics.csv that it leaves. A peer
-is any command whose last line of output is JSON with global_step [n] and eval_returns [num_seeds, n].
+Every curve is a script run as a person runs it; what it learned is read from the metrics.csv that it leaves. A peer is
+any command whose last line of output is JSON with global_step [n] and eval_returns [num_seeds, n].
 """
 
 import csv
@@ -13,14 +13,19 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from machine import describe_machine, run_script
+from machine import ROOT, describe_machine, run_script
 
-RESULTS = Path(__file__).parent / "results"
+LABELS = {
+    "steps": "environment steps of a seed",
+    "steps_per_env": "steps of each environment",
+    "seconds": "seconds of one seed run alone, compiling apart",
+}
 
 
 def read_returns(run_dir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -34,14 +39,38 @@ def read_returns(run_dir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return steps[known], returns[:, known]
 
 
-def plot(path: Path, curves: dict[str, dict], title: str, line: float | None) -> None:
-    """Mean over seeds and its standard deviation, over environment steps."""
+def run_curve(command: str, num_seeds: int, metric: str, x: str) -> dict:
+    """Run "script flags" and read its curve; for x in seconds, a seed is run alone, too, without evaluation."""
+    script, *flags = shlex.split(command)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir, _ = run_script(script, ["--num-seeds", str(num_seeds), *flags], Path(folder))
+        steps, returns = read_returns(run_dir, metric)
+        num_envs = json.loads((run_dir / "config.json").read_text())["num_envs"]
+    curve = {"command": command, "global_step": steps.tolist(), "num_envs": num_envs, "returns": returns.tolist()}
+    if x == "seconds":
+        with tempfile.TemporaryDirectory() as folder:
+            _, alone = run_script(script, [*flags, "--eval-interval", "0"], Path(folder))
+        curve |= {key: alone[key] for key in ("steps_per_second", "compile_seconds")}
+    return curve
+
+
+def run_peer(command: str) -> dict:
+    """Run a peer and read its curve."""
+    output = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    return {"global_step": result["global_step"], "returns": result["eval_returns"]}
+
+
+def plot(path: Path, curves: dict[str, dict], x: str, title: str, line: float | None) -> None:
+    """Mean over seeds and its standard deviation, over environment steps, steps of each environment, or seconds."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="environment steps of a seed", ylabel="greedy return", title=title)
+    axes = figure.add_subplot(xlabel=LABELS[x], ylabel="greedy return", title=title)
     for label, curve in curves.items():
         mean, std = np.array(curve["mean"]), np.array(curve["std"])
-        axes.plot(curve["global_step"], mean, label=label)
-        axes.fill_between(curve["global_step"], mean - std, mean + std, alpha=0.2)
+        scale = {"steps": 1, "steps_per_env": curve.get("num_envs"), "seconds": curve.get("steps_per_second")}[x]
+        label += f" (compiling {curve['compile_seconds']:.1f} s)" if x == "seconds" else ""
+        axes.plot(np.array(curve["global_step"]) / scale, mean, label=label)
+        axes.fill_between(np.array(curve["global_step"]) / scale, mean - std, mean + std, alpha=0.2)
     if line is not None:
         axes.axhline(line, color="grey", linewidth=1, linestyle=":")
     axes.legend()
@@ -49,50 +78,45 @@ def plot(path: Path, curves: dict[str, dict], title: str, line: float | None) ->
 
 
 def main(
-    script: tyro.conf.Positional[str],
-    /,
     name: str,
-    variants: tuple[str, ...],
+    curves: tuple[str, ...],
     num_seeds: int = 10,
-    flags: str = "",
     metric: str = "eval/episodic_return",
+    x: tuple[Literal["steps", "steps_per_env", "seconds"], ...] = ("steps",),
     peer: str | None = None,
     line: float | None = None,
+    title: str = "",
 ) -> None:
-    """Run the variants one after the other; write results/<script>_<name>.json and .png.
+    """Run the curves one after the other and plot them.
 
     Args:
-        script: Name of the script, without .py.
         name: What the study is called in the names of its files.
-        variants: Each is "label=flags".
-        num_seeds: Seeds of every variant.
-        flags: Flags that all variants share.
+        curves: Each is "label=script flags".
+        num_seeds: Seeds of every curve.
         metric: Column of metrics.csv to compare.
+        x: What to plot over; a further picture for each after the first, <name>_<x>.png.
         peer: "label=command" of another implementation to put beside them.
         line: Return at which to draw a horizontal line.
+        title: Of the plot.
     """
-    curves = {}
-    for variant in variants:
-        label, _, own_flags = variant.partition("=")
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = shlex.split(f"--num-seeds {num_seeds} {flags} {own_flags}")
-            run_dir, _ = run_script(script, arguments, Path(folder))
-            steps, returns = read_returns(run_dir, metric)
-        curves[label] = {"flags": own_flags, "global_step": steps.tolist(), "returns": returns.tolist()}
+    longest = "seconds" if "seconds" in x else x[0]
+    results = {}
+    for label, _, command in (curve.partition("=") for curve in curves):
+        results[label] = run_curve(command, num_seeds, metric, longest)
     if peer:
         label, _, command = peer.partition("=")
-        output = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=True).stdout
-        result = json.loads(output.splitlines()[-1])
-        curves[label] = {"global_step": result["global_step"], "returns": result["eval_returns"]}
-    for label, curve in curves.items():
+        results[label] = run_peer(command)
+    for label, curve in results.items():
         returns = np.array(curve.pop("returns"))
         curve |= {"mean": returns.mean(0).round(3).tolist(), "std": returns.std(0).round(3).tolist()}
         curve["final"] = returns[:, -1].round(3).tolist()
         print(f"{label}: {returns[:, -1].mean():.1f} ± {returns[:, -1].std():.1f} (lowest {returns[:, -1].min():.1f})")
-    result = {"script": script, "flags": flags, "metric": metric, "num_seeds": num_seeds, **describe_machine()}
-    path = RESULTS / f"{script}_{name}"
-    path.with_suffix(".json").write_text(json.dumps(result | {"curves": curves}))
-    plot(path.with_suffix(".png"), curves, f"{script}, {num_seeds} seeds", line)
+    path = ROOT / "benchmarks" / "results" / name
+    result = {"metric": metric, "num_seeds": num_seeds, **describe_machine(), "curves": results}
+    path.with_suffix(".json").write_text(json.dumps(result))
+    for i, over in enumerate(x):
+        own_path = path.with_name(f"{name}_{over}" if i else name).with_suffix(".png")
+        plot(own_path, results, over, f"{title or name}, {num_seeds} seeds", line)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,35 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Sizes that compile and run in seconds: 12 updates, an evaluation every 4.
+# Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 4.
+SIZES = {"num_envs": 4, "total_timesteps": 12 * 32, "eval_interval": 4, "eval_episodes": 4}
 SCRIPTS = {
-    "pqn_cartpole": {
-        "num_envs": 4,
-        "num_steps": 8,
-        "total_timesteps": 4 * 8 * 12,
-        "num_epochs": 2,
-        "num_minibatches": 2,
-        "hidden_size": 16,
-        "eval_interval": 4,
-        "eval_episodes": 4,
-    }
+    "pqn_cartpole": SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16},
+    "ppo_cartpole": SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16},
+    "dqn_cartpole": SIZES
+    | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
+    | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
 }
+
+
+def having(*names: str) -> list[str]:
+    """The scripts that define all of these functions or fields of Config."""
+    patterns = [rf"(def |\n    ){name}[(:]" for name in names]
+    return [name for name in SCRIPTS if all(re.search(p, (ROOT / f"{name}.py").read_text()) for p in patterns)]
+
+
+def only(*names: str):
+    """Runs a test for the scripts that define all of these functions or fields of Config."""
+    return pytest.mark.parametrize("script", having(*names), indirect=True)
+
+
+def flags(script: str) -> list[str]:
+    """The tiny sizes of a script as flags."""
+    return [
+        part
+        for name, value in SCRIPTS[script].items()
+        for part in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))
+    ]
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)
@@ -42,12 +59,13 @@ def config(script):
 def command(request, tmp_path):
     """Runs a copy of the script, alone in an empty folder, with tiny sizes and further flags."""
     (tmp_path / f"{request.param}.py").write_text((ROOT / f"{request.param}.py").read_text())
-    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in SCRIPTS[request.param].items()]
 
-    def start(*flags, tiny=tiny, **options):
+    def start(*further, tiny=True, **options):
         options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         options["env"] = os.environ | {"WANDB_SILENT": "true"}
-        return subprocess.Popen([sys.executable, f"{request.param}.py", *tiny, *flags], **options)
+        return subprocess.Popen(
+            [sys.executable, f"{request.param}.py", *(flags(request.param) if tiny else []), *further], **options
+        )
 
-    start.folder = tmp_path
+    start.folder, start.script = tmp_path, request.param
     return start

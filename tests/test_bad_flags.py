@@ -1,50 +1,41 @@
 """Flags that cannot work end in one line that names them, with exit code 2, before anything is written."""
 
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT, SCRIPTS, flags, having
 
-BAD = [
-    *(f"--{name}=0" for name in ("num-seeds", "num-envs", "num-steps", "num-epochs", "num-minibatches")),
-    *(f"--{name}=0" for name in ("hidden-size", "num-layers", "eval-episodes", "total-timesteps")),
-    *(f"--{name}=-1" for name in ("seed", "num-envs", "eval-interval", "learning-rate", "gamma", "max-grad-norm")),
-    *(f"--{name}=-0.5" for name in ("td-lambda", "epsilon-start", "epsilon-finish", "epsilon-decay", "reward-scale")),
-    *(f"--{name}=1.5" for name in ("gamma", "td-lambda", "epsilon-start", "epsilon-finish", "epsilon-decay")),
-    *(f"--{name}=nan" for name in ("learning-rate", "gamma", "reward-scale", "max-grad-norm", "checkpoint-interval")),
-    *(f"--{name}=many" for name in ("num-envs", "learning-rate", "norm", "wandb-mode", "env-id")),
-    "--num-envs=2.5", "--num-envs=1e-3", "--total-timesteps=inf", "--total-timesteps=31", "--total-timesteps=3e9",
-    "--num-minibatches=3", "--num-minibatches=64", "--env-id=Pendulum-v1", "--env-id=", "--norm=LayerNorm",
-    "--resume=nowhere", "--resume=.", "--no-such-flag", "--num-env=4", "--num-envs", "--learning-rate", "leftover",
-    "--gamma=", "--seed=99999999999",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory, script):
-    """Return code, output, errors and files left of the script for each of BAD."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT, SCRIPTS
-
-    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in SCRIPTS[script.__name__].items()]
-
-    def run(flag):
-        folder = tmp_path_factory.mktemp("bad")
-        shared = [] if flag.startswith("--resume") else tiny
-        command = [sys.executable, ROOT / f"{script.__name__}.py", *shared, flag]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-        return done, list(folder.iterdir())
-
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(BAD, pool.map(run, BAD), strict=True))
+# What each flag does not take; a script is tried with those of its own flags.
+BAD = {
+    "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes num-layers eval-episodes "
+    "total-timesteps buffer-size batch-size target-interval",
+    "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts hidden-sizes",
+    "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef ent-coef "
+    "vf-coef tau",
+    "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau",
+    "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
+    "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size",
+    "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps", "3e9": "total-timesteps",
+    "3": "num-minibatches buffer-size", "64": "num-minibatches", "Pendulum-v1": "env-id", "": "env-id gamma",
+    "LayerNorm": "norm", "nowhere": "resume", ".": "resume", "99999999999": "seed",
+}  # fmt: skip
+MALFORMED = ["--no-such-flag", "--num-env=4", "--num-envs", "--learning-rate", "leftover"]
+CASES = [(script, flag) for script in SCRIPTS for flag in MALFORMED] + [
+    (script, f"--{name}={value}")
+    for value, names in BAD.items()
+    for name in names.split()
+    for script in having(name.replace("-", "_"))
+]
 
 
-@pytest.mark.parametrize("flag", BAD)
-def test_bad_flag(outcomes, flag):
-    done, files = outcomes[flag]
+@pytest.mark.parametrize("script, flag", CASES)
+def test_bad_flag(script, flag, tmp_path):
+    shared = [] if flag.startswith("--resume") else flags(script)
+    command = [sys.executable, ROOT / f"{script}.py", *shared, flag]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stdout == "" and not files
+    assert done.stdout == "" and not list(tmp_path.iterdir())
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     name, _, value = flag.partition("=")
@@ -63,6 +54,6 @@ def test_resume_takes_no_other_flags(command):
 def test_resume_of_a_broken_configuration(command, text):
     (command.folder / "run").mkdir()
     (command.folder / "run" / "config.json").write_text(text)
-    process = command("--resume=run", tiny=[])
+    process = command("--resume=run", tiny=False)
     _, errors = process.communicate()
     assert process.returncode == 2 and "--resume is run" in errors and len(errors.splitlines()) == 1

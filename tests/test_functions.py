@@ -1,10 +1,12 @@
 """The numbered equations, against slow and obvious NumPy."""
 
+from collections import deque
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SCRIPTS
+from conftest import ROOT, SCRIPTS, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,25 +32,132 @@ def slow_lambda_returns(rewards, next_values, terminated, truncated, gamma, td_l
     return returns
 
 
-@given(
+def slow_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
+    """The sum of discounted one-step errors to the end of the episode or of the rollout, written out for every step."""
+    num_steps, num_envs = rewards.shape
+    advantages = np.zeros((num_steps, num_envs))
+    for env in range(num_envs):
+        for t in range(num_steps):
+            for k in range(t, num_steps):
+                next_value = 0.0 if terminated[k, env] else next_values[k, env]
+                error = rewards[k, env] + gamma * next_value - values[k, env]
+                advantages[t, env] += (gamma * gae_lambda) ** (k - t) * error
+                if terminated[k, env] or truncated[k, env]:
+                    break
+    return advantages
+
+
+ROLLOUTS = given(
     num_steps=st.integers(1, 12),
     num_envs=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
     ends=st.sampled_from([0.0, 0.1, 0.5]),
     gamma=st.floats(0, 1),
-    td_lambda=st.floats(0, 1),
+    trace=st.floats(0, 1),
 )
-@settings(max_examples=150, deadline=None)
-def test_lambda_returns(script, num_steps, num_envs, seed, ends, gamma, td_lambda):
+MANY = settings(max_examples=150, deadline=None)
+
+
+@only("lambda_returns")
+@MANY
+@ROLLOUTS
+def test_lambda_returns(script, num_steps, num_envs, seed, ends, gamma, trace):
     rng = np.random.default_rng(seed)
     rewards, next_values = rng.normal(size=(2, num_steps, num_envs)).astype(np.float32)
     terminated, truncated = rng.random((2, num_steps, num_envs)) < ends  # at times both at once
-    arguments = rewards, next_values, terminated, truncated, gamma, td_lambda
+    arguments = rewards, next_values, terminated, truncated, gamma, trace
     np.testing.assert_allclose(
         script.lambda_returns(*map(jnp.asarray, arguments)), slow_lambda_returns(*arguments), atol=1e-4
     )
 
 
+@only("gae")
+@MANY
+@ROLLOUTS
+def test_gae(script, num_steps, num_envs, seed, ends, gamma, trace):
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, num_steps, num_envs)).astype(np.float32)
+    terminated, truncated = rng.random((2, num_steps, num_envs)) < ends
+    arguments = rewards, values, next_values, terminated, truncated, gamma, trace
+    np.testing.assert_allclose(script.gae(*map(jnp.asarray, arguments)), slow_gae(*arguments), atol=1e-4)
+
+
+@only("gae")
+def test_gae_against_rlax(script):
+    rlax = pytest.importorskip("rlax")
+    rewards, values = jax.random.normal(jax.random.key(0), (2, 20, 3))
+    last = jax.random.normal(jax.random.key(2), (1, 3))
+    terminated = jax.random.bernoulli(jax.random.key(1), 0.2, (20, 3))
+    all_values = jnp.concatenate([values, last])
+    ours = script.gae(rewards, values, all_values[1:], terminated, jnp.zeros_like(terminated), 0.9, 0.7)
+    theirs = jax.vmap(rlax.truncated_generalized_advantage_estimation, in_axes=(1, 1, None, 1), out_axes=1)
+    np.testing.assert_allclose(ours, theirs(rewards, 0.9 * ~terminated, 0.7, all_values), atol=1e-5)
+
+
+@only("clipped_surrogate", "value_loss")
+def test_clipped_losses(script):
+    rng = np.random.default_rng(0)
+    ratios, advantages = rng.uniform(0.5, 1.5, 50).astype(np.float32), rng.normal(size=50).astype(np.float32)
+    expected = -np.mean([min(r * a, min(max(r, 0.8), 1.2) * a) for r, a in zip(ratios, advantages, strict=True)])
+    np.testing.assert_allclose(script.clipped_surrogate(ratios, advantages, 0.2), expected, atol=1e-6)
+    values, old_values, returns = rng.normal(size=(3, 50)).astype(np.float32)
+    errors = [
+        max((v - g) ** 2, (o + min(max(v - o, -0.2), 0.2) - g) ** 2)
+        for v, o, g in zip(values, old_values, returns, strict=True)
+    ]
+    np.testing.assert_allclose(script.value_loss(values, old_values, returns, 0.2), 0.5 * np.mean(errors), rtol=1e-5)
+
+
+@only("td_targets")
+def test_td_targets(script):
+    targets = script.td_targets(
+        jnp.array([1.0, 1.0, -2.0]), jnp.array([10.0, 10.0, 5.0]), jnp.array([False, True, False]), 0.9
+    )
+    np.testing.assert_allclose(targets, [10.0, 1.0, 2.5])
+
+
+@only("replay_insert", "replay_sample")
+@pytest.mark.parametrize("vmapped", [False, True])
+@given(num_rows=st.integers(1, 5), num_envs=st.integers(1, 3), num_inserts=st.integers(1, 13), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_replay_is_a_deque(script, vmapped, num_rows, num_envs, num_inserts, seed):
+    """After any number of inserts, sampling everything gives what a deque of the same length holds."""
+
+    def row(number):  # every entry of every field tells the number and the environment
+        label = 10.0 * number + jnp.arange(num_envs)
+        obs = jnp.stack([label, -label], axis=-1)
+        return script.Transition(obs, label.astype(jnp.int32), label, label % 2 > 0, obs + 0.5)
+
+    insert, sample = script.replay_insert, script.replay_sample
+    replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), row(0))
+    if vmapped:
+        replay = jax.tree.map(lambda x: jnp.stack([x, x]), replay)
+        insert, sample = jax.vmap(insert, in_axes=(0, None, None)), jax.vmap(sample, in_axes=(0, None, None))
+    model = deque(maxlen=num_rows)
+    for number in range(num_inserts):
+        replay = insert(replay, number, row(number))
+        model.append(row(number))
+        filled = jnp.minimum(number + 1, num_rows)
+        every = jnp.arange(len(model) * num_envs, dtype=jnp.uint32)
+        shift = jnp.uint32(seed * len(model) * num_envs)  # any bits with the same remainder pick the same transition
+        batches = sample(replay, every + shift, filled)
+        for batch in [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(2)] if vmapped else [batches]:
+            order = np.argsort(batch.reward)
+            for field, *expected in zip(batch, *model, strict=True):
+                np.testing.assert_array_equal(np.asarray(field)[order], np.concatenate(expected))
+
+
+@only("replay_sample")
+def test_replay_samples_uniformly(script):
+    labels = jnp.arange(12.0).reshape(4, 3)
+    replay = script.Transition(labels, labels.astype(jnp.int32), labels, labels > 0, labels)
+    batch = script.replay_sample(replay, jax.random.bits(jax.random.key(0), (60_000,)), jnp.int32(3))
+    counts = np.bincount(batch.action, minlength=12)
+    assert (counts[9:] == 0).all()
+    np.testing.assert_allclose(counts[:9] / 60_000, 1 / 9, atol=0.01)
+
+
+@only("lambda_returns")
 def test_lambda_returns_against_rlax(script):
     rlax = pytest.importorskip("rlax")
     rewards, next_values = jax.random.normal(jax.random.key(0), (2, 20, 3))
@@ -58,6 +167,7 @@ def test_lambda_returns_against_rlax(script):
     np.testing.assert_allclose(ours, theirs(rewards, 0.9 * ~terminated, next_values, 0.7), atol=1e-5)
 
 
+@only("epsilon_greedy")
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(60_000,), (30, 2_000)])
 def test_epsilon_greedy_frequencies(script, epsilon, shape):
@@ -68,12 +178,11 @@ def test_epsilon_greedy_frequencies(script, epsilon, shape):
     np.testing.assert_allclose(frequencies, [epsilon / 3, 1 - epsilon * 2 / 3, epsilon / 3], atol=0.01)
 
 
+@only("epsilon_greedy")
 def test_epsilon_greedy_is_greedy_for_each_row(script):
     q_values = jax.random.normal(jax.random.key(0), (5, 7, 4))
     np.testing.assert_array_equal(script.epsilon_greedy(jax.random.key(1), q_values, 0.0), q_values.argmax(-1))
 
 
 def test_every_script_is_tested():
-    from conftest import ROOT
-
     assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
