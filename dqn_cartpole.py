@@ -223,7 +223,8 @@ def make_train(config: Config):
         progress = gradient_step / (config.num_updates * config.target_interval)
         return config.learning_rate * (1 - progress if config.anneal_lr else 1)
 
-    optimizer = optax.adam(learning_rate)
+    # Flattened to one vector: fewer kernels to compile and to run.
+    optimizer = optax.flatten(optax.adam(learning_rate))
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)

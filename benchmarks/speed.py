@@ -1,6 +1,6 @@
-"""Speed of a script beside a peer's on the same machine, run in turns; writes results/<script>_<name>.json.
+"""Speed of a script beside a peer's on the same machine, run in turns; writes results/<name>.json.
 
-    python benchmarks/speed.py pqn_cartpole --name speed_8_seeds --flags "--num-seeds 8 --eval-interval 0" \\
+    python benchmarks/speed.py pqn_cartpole --name pqn_speed_8_seeds --flags "--num-seeds 8 --eval-interval 0" \\
         --peer "PureJaxQL=path/to/its/python benchmarks/peer_purejaxql.py --num-seeds 8"
 
 A peer is any command whose last line of output is JSON with steps_per_second and compile_seconds; without one, only the
@@ -27,7 +27,7 @@ def main(
 
     Args:
         script: Name of the script, without .py.
-        name: What the study is called in the names of its files.
+        name: What the study is called in the name of its file.
         flags: Flags of the script.
         peer: "label=command" of the other implementation.
         repeats: Runs of each.
@@ -57,8 +57,8 @@ def main(
         "medians": medians,
     }
     if peer:
-        result["ratios"] = {key: medians[script][key] / medians[label][key] for key in keys[:2]}
-    path = Path(__file__).parent / "results" / f"{script}_{name}.json"
+        result["ratios"] = {key: medians[script][key] / medians[label][key] for key in keys[:2] if medians[label][key]}
+    path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(result, indent=2))
     print(json.dumps({key: result[key] for key in ("medians", "ratios") if key in result}, indent=2))
 

@@ -1,0 +1,94 @@
+"""Writes the tables of README.md from the JSON files in results/, between the marks that name them.
+
+python benchmarks/tables.py
+"""
+
+import json
+import re
+
+import numpy as np
+
+from machine import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def load(*patterns: str) -> dict[str, dict]:
+    """Studies by name, in the order of the patterns."""
+    paths = [path for pattern in patterns for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table, its first column to the left and the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def returns(*patterns: str) -> str:
+    """Last greedy return of every curve of the studies."""
+    rows = []
+    for name, study in load(*patterns).items():
+        for label, curve in study["curves"].items():
+            final, steps = np.array(curve["final"]), curve["global_step"][-1]
+            spread = f"{final.mean():.1f} ± {final.std():.1f}"
+            rows.append([f"`{name}`: {label}", f"{steps:,}", str(len(final)), spread, f"{final.min():.1f}"])
+    return markdown(["study", "environment steps", "seeds", "return", "lowest seed"], rows)
+
+
+def speeds(*patterns: str) -> str:
+    """Steps per second of scripts and peers, medians of runs in turns."""
+    rows = []
+    for name, study in load(*patterns).items():
+        ours, peer = study["medians"][study["script"]], study["medians"].get(study["peer"])
+        row = [f"`{name}`", f"{ours['steps_per_second']:,.0f}", f"{ours['compile_seconds']:.1f}"]
+        if peer:
+            compiling = f"{peer['compile_seconds']:.1f}" if peer["compile_seconds"] else "-"
+            row += [study["peer"], f"{peer['steps_per_second']:,.0f}", compiling]
+            row += [f"**{study['ratios']['steps_per_second']:.2f}**"]
+        rows.append(row + ["-"] * (7 - len(row)))
+    head = ["study", "steps/s", "compile, s", "peer", "its steps/s", "its compile, s", "ratio of steps/s"]
+    return markdown(head, rows)
+
+
+def throughput(*patterns: str) -> str:
+    """Steps per second over the number of environments."""
+    rows = []
+    for study in load(*patterns).values():
+        for row in study["rows"]:
+            cells = [f"{row['num_envs']:,}", f"{row['env_steps_per_second']:,.0f}"]
+            cells += [f"{row['gradient_steps_per_second']:,.0f}", f"{np.median(row['run_seconds']):.2f}"]
+            cells += [f"{row['compile_seconds']:.1f}", f"{row['peak_memory_gib']:.2f}", f"{row['final_return'][0]:.0f}"]
+            rows.append([row["script"], *cells])
+    head = ["script", "environments", "steps/s", "gradient steps/s", "run, s", "compile, s", "memory, GiB", "return"]
+    return markdown(head, rows)
+
+
+def seeds(*patterns: str) -> str:
+    """Time and memory over the number of seeds."""
+    rows = []
+    for study in load(*patterns).values():
+        for row in study["rows"]:
+            cells = [f"{row['num_seeds']:,}", f"{row['steps_per_second']:,.0f}", f"{row['run_seconds']:.1f}"]
+            cells += [f"{row['compile_seconds']:.1f}", f"{row['peak_memory_gib']:.2f}", f"{row['whole_seconds']:,.0f}"]
+            rows.append([study["script"], *cells])
+        if peer := study["peer"]:
+            cells = ["1", f"{peer['steps_per_second']:,.0f}", "-", "-", "-", f"{peer['whole_seconds']:,.0f}"]
+            rows.append([peer["label"], *cells])
+    head = ["", "seeds", "steps/s", "run, s", "compile, s", "memory, GiB"]
+    return markdown([*head, f"whole runs ({study['whole_timesteps']:,} steps), s"], rows)
+
+
+def fill(text: str) -> str:
+    """The text with every table between <!-- table: kind patterns --> and <!-- end --> made anew."""
+
+    def table(match):
+        kind, *patterns = match[1].split()
+        return f"<!-- table: {match[1]} -->\n{globals()[kind](*patterns)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
