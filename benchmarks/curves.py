@@ -3,7 +3,7 @@
     python benchmarks/curves.py --name pqn_norm --curves "layer norm=pqn_cartpole" "none=pqn_cartpole --norm none"
 
 Every curve is a script run as a person runs it; what it learned is read from the metrics.csv that it leaves. A peer is
-any command whose last line of output is JSON with global_step [n] and eval_returns [num_seeds, n].
+any command whose last line of output is JSON with global_step [n] and returns [num_seeds, n], of the same metric.
 """
 
 import csv
@@ -58,13 +58,15 @@ def run_peer(command: str) -> dict:
     """Run a peer and read its curve."""
     output = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=True).stdout
     result = json.loads(output.splitlines()[-1])
-    return {"global_step": result["global_step"], "returns": result["eval_returns"]}
+    return {"global_step": result["global_step"], "returns": result["returns"]}
 
 
-def plot(path: Path, curves: dict[str, dict], x: str, title: str, line: float | None) -> None:
+def plot(path: Path, curves: dict[str, dict], metric: str, x: str, title: str, line: float | None) -> None:
     """Mean over seeds and its standard deviation, over environment steps, steps of each environment, or seconds."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=LABELS[x], ylabel="greedy return", title=title)
+    axes = figure.add_subplot(
+        xlabel=LABELS[x], ylabel="greedy return" if metric.startswith("eval") else metric, title=title
+    )
     for label, curve in curves.items():
         mean, std = np.array(curve["mean"]), np.array(curve["std"])
         scale = {"steps": 1, "steps_per_env": curve.get("num_envs"), "seconds": curve.get("steps_per_second")}[x]
@@ -116,7 +118,7 @@ def main(
     path.with_suffix(".json").write_text(json.dumps(result))
     for i, over in enumerate(x):
         own_path = path.with_name(f"{name}_{over}" if i else name).with_suffix(".png")
-        plot(own_path, results, over, f"{title or name}, {num_seeds} seeds", line)
+        plot(own_path, results, metric, over, f"{title or name}, {num_seeds} seeds", line)
 
 
 if __name__ == "__main__":

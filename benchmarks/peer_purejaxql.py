@@ -43,5 +43,5 @@ result = {
 if args.evaluate:
     interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
     result["global_step"] = steps[interval - 1 :: interval].tolist()
-    result["eval_returns"] = np.asarray(metrics["test/returned_episode_returns"])[:, interval - 1 :: interval].tolist()
+    result["returns"] = np.asarray(metrics["test/returned_episode_returns"])[:, interval - 1 :: interval].tolist()
 print(json.dumps(result))

@@ -1,8 +1,8 @@
 """PureJaxRL's ppo.py or dqn.py, timed: run it with the Python of PureJaxRL's own environment, its folder of scripts on
 PYTHONPATH.
 
-Prints one line of JSON: seconds to compile and to run, steps per second over all seeds, and each seed's return over
-the last tenth of its training. Its hyperparameters are those of the script's own main.
+Prints one line of JSON: seconds to compile and to run, steps per second over all seeds, and with --curve the returns
+of the last episodes in training after every update. Its hyperparameters are those of the script's own main.
 """
 
 import argparse
@@ -28,6 +28,7 @@ parser.add_argument("--num-seeds", type=int, default=1)
 parser.add_argument("--total-timesteps", type=int, default=500_000)
 parser.add_argument("--env-id", default="CartPole-v1")
 parser.add_argument("--set", nargs="*", default=[], help="further NAME=value of its configuration")
+parser.add_argument("--curve", action="store_true")
 args = parser.parse_args()
 
 # ppo.py's own wrappers.py imports brax and navix; these two wrappers of it were taken over by gymnax as they are.
@@ -35,22 +36,22 @@ sys.modules["wrappers"] = gymnax.wrappers.purerl
 config = dict(PPO if args.algorithm == "ppo" else DQN)
 config |= {"ENV_NAME": args.env_id, "TOTAL_TIMESTEPS": args.total_timesteps}
 config |= {"EPSILON_ANNEAL_TIME": args.total_timesteps / 2}
-config |= {name: json.loads(value) for name, value in (item.split("=") for item in args.set)}
+for name, _, value in (item.partition("=") for item in args.set):
+    config[name] = json.loads(value) if value[0].isdigit() else value
 keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)
 start = time.perf_counter()
 train = jax.jit(jax.vmap(importlib.import_module(args.algorithm).make_train(config))).lower(keys).compile()
 compiled = time.perf_counter()
 metrics = jax.block_until_ready(train(keys))["metrics"]
 seconds = time.perf_counter() - compiled
-returns = np.asarray(metrics["returned_episode_returns" if args.algorithm == "ppo" else "returns"])
-returns = returns.reshape(args.num_seeds, returns.shape[1], -1).mean(-1)
-print(
-    json.dumps(
-        {
-            "compile_seconds": compiled - start,
-            "run_seconds": seconds,
-            "steps_per_second": args.num_seeds * args.total_timesteps / seconds,
-            "train_returns": returns[:, -len(returns[0]) // 10 :].mean(1).tolist(),
-        }
-    )
-)
+result = {
+    "compile_seconds": compiled - start,
+    "run_seconds": seconds,
+    "steps_per_second": args.num_seeds * args.total_timesteps / seconds,
+}
+if args.curve:
+    returns = np.asarray(metrics["returned_episode_returns" if args.algorithm == "ppo" else "returns"])
+    returns = returns.reshape(args.num_seeds, returns.shape[1], -1).mean(-1)
+    result["global_step"] = np.linspace(0, args.total_timesteps, len(returns[0]) + 1)[1:].tolist()
+    result["returns"] = returns.tolist()
+print(json.dumps(result))

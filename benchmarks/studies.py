@@ -29,6 +29,10 @@ MYRIAD_DQN = (
     "dqn_cartpole --num-envs 1 --total-timesteps 50000 --learning-rate 1e-3 --batch-size 32 --hidden-sizes 64 64 "
     "--epsilon-decay 0.4 --target-interval 100 --learning-starts 100"
 )
+PUREJAXRL_MINATAR = (
+    "--env-id Breakout-MinAtar --num-envs 64 --num-minibatches 8 --learning-rate 5e-3 --activation relu "
+    "--total-timesteps 1e7 --eval-interval 0"
+)
 NUM_ENVS = (1, 32, 128, 512, 1024, 2048)
 
 STUDIES = {
@@ -51,6 +55,10 @@ STUDIES = {
     ),
     "algorithms": "curves.py --line 500 --title CartPole-v1 --x steps seconds "
     "--curves PQN=pqn_cartpole DQN=dqn_cartpole PPO=ppo_cartpole",
+    "ppo_breakout": "curves.py --metric charts/episodic_return --title Breakout-MinAtar --num-seeds 5 "
+    f'--curves "PPO=ppo_cartpole {PUREJAXRL_MINATAR}" '
+    '--peer "PureJaxRL=$PUREJAXRL benchmarks/peer_purejaxrl.py ppo --curve --num-seeds 5 --total-timesteps 10000000 '
+    '--env-id Breakout-MinAtar --set LR=5e-3 NUM_ENVS=64 NUM_MINIBATCHES=8 ACTIVATION=relu"',
     "dqn_double_q": "curves.py --line 500 --title CartPole-v1 --curves DQN=dqn_cartpole "
     '"double DQN=dqn_cartpole --double-q"',
     "throughput": "throughput.py pqn_cartpole ppo_cartpole",
