@@ -258,7 +258,8 @@ def make_train(config: Config):
         last_value = network.apply(state.variables, final_observation[-1:]).max(-1)
         next_values = jnp.concatenate([rollout.value[1:], last_value])
         (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=max_truncations, fill_value=config.batch_size)
-        cut_values = network.apply(state.variables, final_observation.reshape(config.batch_size, -1)[cut]).max(-1)
+        cut_obs = final_observation.reshape(config.batch_size, *final_observation.shape[2:])[cut]
+        cut_values = network.apply(state.variables, cut_obs).max(-1)
         next_values = next_values.ravel().at[cut].set(cut_values, mode="drop").reshape(next_values.shape)
         terminated = rollout.terminated | (False if config.bootstrap_on_truncation else rollout.truncated)
         rewards = config.reward_scale * rollout.reward

@@ -1,10 +1,12 @@
-"""PureJaxQL's pqn_gymnax.py, timed: run it with the Python of PureJaxQL's own environment, its checkout on PYTHONPATH.
+"""PureJaxQL's pqn_gymnax.py or pqn_minatar.py, timed: run it with the Python of PureJaxQL's own environment, its
+checkout on PYTHONPATH.
 
 Prints one line of JSON: seconds to compile and to run, steps per second over all seeds, and the curve of its own
-evaluation where --evaluate is given. Its hyperparameters are those of its configuration file for CartPole.
+evaluation where --evaluate is given. Its hyperparameters are those of its configuration file for CartPole or MinAtar.
 """
 
 import argparse
+import importlib
 import json
 import time
 from pathlib import Path
@@ -13,18 +15,24 @@ import jax
 import numpy as np
 import purejaxql
 import yaml
-from purejaxql.pqn_gymnax import make_train
 
 parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--env-id", default="CartPole-v1")
 parser.add_argument("--num-seeds", type=int, default=1)
 parser.add_argument("--total-timesteps", type=int, default=500_000)
 parser.add_argument("--evaluate", action="store_true")
 parser.add_argument("--norm-type", default="layer_norm")
 args = parser.parse_args()
 
-path = Path(purejaxql.__file__).parent / "config/alg/pqn_cartpole.yaml"
-config = yaml.safe_load(path.read_text())
-config |= {"TOTAL_TIMESTEPS": args.total_timesteps, "TOTAL_TIMESTEPS_DECAY": args.total_timesteps}
+is_minatar = args.env_id.endswith("MinAtar")
+make_train = importlib.import_module(f"purejaxql.{'pqn_minatar' if is_minatar else 'pqn_gymnax'}").make_train
+folder = Path(purejaxql.__file__).parent / "config/alg"
+config = yaml.safe_load((folder / f"{'pqn_minatar' if is_minatar else 'pqn_cartpole'}.yaml").read_text())
+config |= {
+    "ENV_NAME": args.env_id,
+    "TOTAL_TIMESTEPS": args.total_timesteps,
+    "TOTAL_TIMESTEPS_DECAY": args.total_timesteps,
+}
 config |= {"TEST_DURING_TRAINING": args.evaluate, "WANDB_MODE": "disabled"}
 config |= {"NORM_TYPE": args.norm_type}
 keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)

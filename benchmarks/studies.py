@@ -33,6 +33,9 @@ PUREJAXRL_MINATAR = (
     "--env-id Breakout-MinAtar --num-envs 64 --num-minibatches 8 --learning-rate 5e-3 --activation relu "
     "--total-timesteps 1e7 --eval-interval 0"
 )
+GAMES = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+SAME_GAMES = ("Asterix", "Breakout", "Freeway")  # in the gymnax that PureJaxQL takes and in ours
+PUREJAXQL_MINATAR = "benchmarks/peer_purejaxql.py --num-seeds 3 --evaluate --total-timesteps 1000000"
 NUM_ENVS = (1, 32, 128, 512, 1024, 2048)
 
 STUDIES = {
@@ -61,6 +64,25 @@ STUDIES = {
     '--env-id Breakout-MinAtar --set LR=5e-3 NUM_ENVS=64 NUM_MINIBATCHES=8 ACTIVATION=relu"',
     "dqn_double_q": "curves.py --line 500 --title CartPole-v1 --curves DQN=dqn_cartpole "
     '"double DQN=dqn_cartpole --double-q"',
+    **{
+        f"minatar_{game.lower()}": f"curves.py --num-seeds 3 --title {game}-MinAtar "
+        f'--curves "PQN=pqn_minatar --env-id {game}-MinAtar --total-timesteps 1e7"'
+        for game in GAMES
+    },
+    **{
+        f"minatar_{game.lower()}_1e6": f"curves.py --num-seeds 3 --title {game}-MinAtar "
+        f'--curves "PQN=pqn_minatar --env-id {game}-MinAtar --total-timesteps 1e6 --eval-interval 12"'
+        + (f' --peer "PureJaxQL=$PUREJAXQL {PUREJAXQL_MINATAR} --env-id {game}-MinAtar"' if game in SAME_GAMES else "")
+        for game in GAMES
+    },
+    "minatar_freeway_truncation": "curves.py --num-seeds 3 --title Freeway-MinAtar --curves "
+    '"bootstrapped=pqn_minatar --env-id Freeway-MinAtar --total-timesteps 1e6 --eval-interval 12" '
+    '"taken for a termination=pqn_minatar --env-id Freeway-MinAtar --total-timesteps 1e6 --eval-interval 12 '
+    '--no-bootstrap-on-truncation"',
+    "minatar_divided": "curves.py --num-seeds 3 --title Breakout-MinAtar --curves "
+    '"planes of 0 and 1=pqn_minatar --total-timesteps 1e6 --eval-interval 12" '
+    '--peer "planes of 0 and 1/255=python benchmarks/divided_planes.py --num-seeds 3 --total-timesteps 1e6 '
+    '--eval-interval 12"',
     "throughput": "throughput.py pqn_cartpole ppo_cartpole",
     "ppo_seeds": "seeds.py ppo_cartpole "
     '--peer "CleanRL=$CLEANRL benchmarks/peer_cleanrl.py $CLEANRL_PPO --total-timesteps 100000"',
@@ -76,6 +98,11 @@ STUDIES = {
         f'--peer "Myriad=$MYRIAD benchmarks/peer_myriad.py --num-envs {n} --steps-per-env {steps}"'
         for n, steps in ((32, 12_800), (128, 3200), (512, 3200))
     },
+    "minatar_speed_1_seed": 'speed.py pqn_minatar --flags="--total-timesteps 3e5 --eval-interval 0" '
+    '--peer "PureJaxQL=$PUREJAXQL benchmarks/peer_purejaxql.py --env-id Breakout-MinAtar --total-timesteps 300000"',
+    "minatar_speed_4_seeds": 'speed.py pqn_minatar --flags="--num-seeds 4 --total-timesteps 1e5 --eval-interval 0" '
+    '--peer "PureJaxQL=$PUREJAXQL benchmarks/peer_purejaxql.py --env-id Breakout-MinAtar --num-seeds 4 '
+    '--total-timesteps 100000"',
     "ppo_speed_1_seed": 'speed.py ppo_cartpole --repeats 5 --flags="--eval-interval 0" '
     '--peer "PureJaxRL=$PUREJAXRL benchmarks/peer_purejaxrl.py ppo"',
     "ppo_speed_8_seeds": 'speed.py ppo_cartpole --flags="--num-seeds 8 --eval-interval 0" '

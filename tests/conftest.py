@@ -14,9 +14,11 @@ sys.path.insert(0, str(ROOT))
 
 # Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 4.
 SIZES = {"num_envs": 4, "total_timesteps": 12 * 32, "eval_interval": 4, "eval_episodes": 4}
+ROLLOUTS = SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16}
 SCRIPTS = {
-    "pqn_cartpole": SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16},
-    "ppo_cartpole": SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16},
+    "pqn_cartpole": ROLLOUTS,
+    "pqn_minatar": ROLLOUTS | {"num_channels": 4},
+    "ppo_cartpole": ROLLOUTS,
     "dqn_cartpole": SIZES
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},

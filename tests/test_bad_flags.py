@@ -9,11 +9,12 @@ from conftest import ROOT, SCRIPTS, flags, having
 # What each flag does not take; a script is tried with those of its own flags.
 BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes num-layers eval-episodes "
-    "total-timesteps buffer-size batch-size target-interval",
-    "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts hidden-sizes",
+    "num-channels total-timesteps buffer-size batch-size target-interval",
+    "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts hidden-sizes "
+    "max-steps-in-episode",
     "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef ent-coef "
-    "vf-coef tau",
-    "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau",
+    "vf-coef tau sticky-action-prob",
+    "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau sticky-action-prob",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
     "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size",
     "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps", "3e9": "total-timesteps",

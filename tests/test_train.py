@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import only
+from conftest import SCRIPTS, only
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -77,7 +77,7 @@ def test_traced_hyperparameters(script, config):
         "reward_scale": [0.1, 1.0],
     }
     floats = {field.name for field in dataclasses.fields(config) if field.type is float}
-    assert floats - set(values) == {"checkpoint_interval"}
+    assert floats - set(values) <= {"checkpoint_interval", "sticky_action_prob"}
     values = {name: pair for name, pair in values.items() if name in floats}
 
     def run(hyperparameters):
@@ -156,9 +156,14 @@ ENVIRONMENTS = [
     "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite", "UmbrellaChain-bsuite",
     "DiscountingChain-bsuite", "Breakout-MinAtar", "FourRooms-misc", "MetaMaze-misc",
 ]  # fmt: skip
+GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"]
 
 
-@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+@pytest.mark.parametrize(
+    "script, env_id",
+    [(name, env_id) for name in SCRIPTS for env_id in (GAMES if "minatar" in name else ENVIRONMENTS)],
+    indirect=["script"],
+)
 def test_environments(script, config, env_id):
     config = dataclasses.replace(config, env_id=env_id, total_timesteps=4 * 32, eval_interval=0)
     try:
@@ -168,6 +173,18 @@ def test_environments(script, config, env_id):
         pytest.skip(str(error))
     _, metrics = jax.jit(train)(jax.random.key(0))
     assert np.isfinite(metrics["losses/grad_norm"][-1])
+
+
+@only("sticky_action_prob", "max_steps_in_episode")
+def test_flags_of_the_environment(script, config):
+    """A time limit of 3 steps ends every episode; actions that all stick are all the first."""
+    _, metrics = script.make_train(dataclasses.replace(config, max_steps_in_episode=3))(jax.random.key(0))
+    np.testing.assert_array_equal(metrics["charts/episodic_length"], 3)
+    env, params = script.make_env(dataclasses.replace(config, sticky_action_prob=1.0))
+    _, state = env.reset(jax.random.key(0), params)
+    outcomes = [env.step(jax.random.key(1), state, action, params)[0] for action in range(3)]
+    assert_equal(outcomes[0], outcomes[1])
+    assert_equal(outcomes[0], outcomes[2])
 
 
 @struct.dataclass
@@ -181,21 +198,23 @@ class Clock(environment.Environment):
     num_actions = 2
     default_params = ClockParams()
     action_space = staticmethod(lambda params: spaces.Discrete(2))
-    observation_space = staticmethod(lambda params: spaces.Box(0, 1, (1,), jnp.float32))
+    observation_space = staticmethod(lambda params: spaces.Box(0, 1, (10, 10, 1), jnp.float32))
 
     def step_env(self, key, state, action, params):
         state = state.replace(time=state.time + 1)
-        return jnp.ones(1), state, jnp.float32(1), jnp.bool_(False), {}
+        return jnp.ones((10, 10, 1)), state, jnp.float32(1), jnp.bool_(False), {}
 
     def reset_env(self, key, params):
-        return jnp.ones(1), environment.EnvState(time=jnp.int32(0))
+        return jnp.ones((10, 10, 1)), environment.EnvState(time=jnp.int32(0))
 
 
 @pytest.mark.parametrize("bootstrap, trace", [(True, 0.0), (True, 0.9), (False, 0.9)])
-def test_truncation_is_not_an_end(script, config, bootstrap, trace):
+def test_truncation_is_not_an_end(script, config, bootstrap, trace, monkeypatch):
     """Every state is the same, so with bootstrapping its value is 1 / (1 - gamma), over however short episodes."""
     if "Clock" not in gymnax.registered_envs:
         gymnax.register("Clock", Clock)
+    if hasattr(script, "GAMES"):
+        monkeypatch.setattr(script, "GAMES", ("Clock",))
     settings = {"total_timesteps": 32 * 800, "eval_interval": 0, "gamma": 0.8, "learning_rate": 1e-2, "anneal_lr": True}
     settings |= {"td_lambda": trace, "gae_lambda": trace, "reward_scale": 1.0, "clip_vloss": False}
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
@@ -204,7 +223,7 @@ def test_truncation_is_not_an_end(script, config, bootstrap, trace):
     if "losses/q_values" in metrics:
         value = metrics["losses/q_values"][-1]
     else:
-        value = script.MLP(1, 1.0, config).apply(state.params["critic"], jnp.ones(1))[0]
+        value = script.MLP(1, 1.0, config).apply(state.params["critic"], jnp.ones(100))[0]
     if bootstrap:
         np.testing.assert_allclose(value, 1 / (1 - 0.8), atol=0.1)
     else:
