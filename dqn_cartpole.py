@@ -425,7 +425,7 @@ def main(config: Config) -> Path:
         # On a CPU: a device a core, for seeds to run side by side; one thread each where a batch is small.
         divisors = [n for n in range(1, 4 * os.cpu_count()) if config.num_seeds % n == 0]
         num_devices = max(divisors, key=lambda n: (min(n, os.cpu_count()), -n))
-        os.environ.setdefault("NPROC", str(max(1, os.cpu_count() // num_devices) if config.batch_size > 4096 else 1))
+        os.environ.setdefault("NPROC", str(max(1, os.cpu_count() // num_devices) if config.batch_size >= 4096 else 1))
         with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
             jax.config.update("jax_num_cpu_devices", num_devices)
         train = make_train(config)

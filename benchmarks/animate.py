@@ -20,6 +20,22 @@ from gymnax.visualize import Visualizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def greedy_policy(script, config, num_actions: int, variables):
+    """What the trained network does: from an observation to an action."""
+    if "actor" in variables:
+        network, variables = script.MLP(num_actions, 0.01, config), variables["actor"]
+    elif hasattr(config, "hidden_sizes"):
+        network = script.QNetwork(num_actions, config.hidden_sizes)
+    else:
+        network = script.QNetwork(num_actions, config)
+    return jax.jit(lambda obs: network.apply(variables, obs).argmax())
+
+
+def innermost(env_state):
+    """The state of the environment inside those of its wrappers."""
+    return innermost(env_state.env_state) if hasattr(env_state, "env_state") else env_state
+
+
 def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -> None:
     """Write policy.gif into the folder of the run.
 
@@ -32,13 +48,13 @@ def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -
     config = script.Config(**json.loads((run / "config.json").read_text()))
     variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
     variables = jax.tree.map(lambda x: x[seed], variables)
-    env, env_params = script.make_env(config.env_id)
-    act = jax.jit(lambda obs: script.QNetwork(env.num_actions, config).apply(variables, obs).argmax())
+    env, env_params = script.make_env(config if hasattr(script, "GAMES") else config.env_id)
+    act = greedy_policy(script, config, env.num_actions, variables)
 
     obs, env_state = env.reset(jax.random.key(0), env_params)
     env_states, ended = [], False
     while not ended and len(env_states) < max_steps:
-        env_states.append(env_state.env_state)
+        env_states.append(innermost(env_state))
         key = jax.random.key(len(env_states))
         obs, env_state, _, terminated, truncated, _ = env.step(key, env_state, act(obs), env_params)
         ended = terminated or truncated

@@ -58,9 +58,9 @@ STUDIES = {
     ),
     "algorithms": "curves.py --line 500 --title CartPole-v1 --x steps seconds "
     "--curves PQN=pqn_cartpole DQN=dqn_cartpole PPO=ppo_cartpole",
-    "ppo_breakout": "curves.py --metric charts/episodic_return --title Breakout-MinAtar --num-seeds 5 "
+    "ppo_breakout": "curves.py --metric charts/episodic_return --title Breakout-MinAtar --num-seeds 3 "
     f'--curves "PPO=ppo_cartpole {PUREJAXRL_MINATAR}" '
-    '--peer "PureJaxRL=$PUREJAXRL benchmarks/peer_purejaxrl.py ppo --curve --num-seeds 5 --total-timesteps 10000000 '
+    '--peer "PureJaxRL=$PUREJAXRL benchmarks/peer_purejaxrl.py ppo --curve --num-seeds 3 --total-timesteps 10000000 '
     '--env-id Breakout-MinAtar --set LR=5e-3 NUM_ENVS=64 NUM_MINIBATCHES=8 ACTIVATION=relu"',
     "dqn_double_q": "curves.py --line 500 --title CartPole-v1 --curves DQN=dqn_cartpole "
     '"double DQN=dqn_cartpole --double-q"',

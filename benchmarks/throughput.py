@@ -4,7 +4,7 @@
     python benchmarks/throughput.py pqn_cartpole ppo_cartpole --name both --num-envs 32 512 --repeats 5
 
 Any script with Config and make_train will do. Each point is a process of its own, so that its peak memory is its own:
-it compiles the whole run, runs it once to warm up, then times repeats of it.
+it runs once with a last evaluation, which tells the return and warms up, then times repeats without evaluation.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from machine import ROOT, describe_machine
 
 
 def measure(script: str, flags: dict, num_envs: int, num_seeds: int, steps_per_env: int, repeats: int) -> dict:
-    """Compile and time whole runs of num_seeds seeds without evaluation, then one with a last evaluation."""
+    """Run num_seeds seeds once with a last evaluation, then compile and time whole runs without."""
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
     config = module.Config(**flags, num_envs=num_envs, total_timesteps=num_envs * steps_per_env, eval_interval=0)
     cores = os.cpu_count()
-    os.environ["NPROC"] = str(cores if config.batch_size > 4096 else 1)
+    os.environ["NPROC"] = str(cores if config.batch_size >= 4096 else 1)
     import jax  # only now: it takes its number of threads from the environment
 
     def over_seeds(train, keys):
@@ -46,8 +46,9 @@ def measure(script: str, flags: dict, num_envs: int, num_seeds: int, steps_per_e
         return run, time.perf_counter() - started
 
     keys = jax.vmap(jax.random.key)(np.arange(num_seeds))
+    evaluating, _ = compile_run(dataclasses.replace(config, eval_interval=config.num_updates))
+    final = np.asarray(evaluating(keys)["eval/episodic_return"])[:, -1]
     run, compile_seconds = compile_run(config)
-    jax.block_until_ready(run(keys))
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -56,8 +57,6 @@ def measure(script: str, flags: dict, num_envs: int, num_seeds: int, steps_per_e
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
-    run, _ = compile_run(dataclasses.replace(config, eval_interval=config.num_updates))
-    final = np.asarray(run(keys)["eval/episodic_return"])[:, -1]
     median = float(np.median(seconds))
     env_steps = num_seeds * int(metrics["global_step"][0, -1])
     loss = next(values for name, values in metrics.items() if name.startswith("losses/"))
@@ -120,7 +119,7 @@ def main(
         num_envs: Numbers of environments of a seed.
         num_seeds: Seeds that run at once.
         steps_per_env: Steps of each environment in a run.
-        repeats: Timed runs, after one to warm up.
+        repeats: Timed runs.
         flags: Further fields of Config, as JSON.
     """
     rows = []
