@@ -51,7 +51,7 @@ STUDIES = {
     "pqn_and_dqn": "curves.py --line 500 --title CartPole-v1 --x steps_per_env --curves "
     '"PQN, 32 environments=pqn_cartpole --total-timesteps 96000 --eval-interval 4" '
     f'"DQN, 1 environment={MYRIAD_DQN}"',
-    "pqn_num_envs": "curves.py --line 500 --title CartPole-v1 --x steps_per_env --num-seeds 5 --curves "
+    "pqn_num_envs": "curves.py --line 500 --title CartPole-v1 --x steps_per_env --num-seeds 3 --curves "
     + " ".join(
         f'"{n} environments=pqn_cartpole --num-envs {n} --total-timesteps {3000 * n} --eval-interval 4"'
         for n in NUM_ENVS
