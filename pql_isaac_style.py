@@ -142,7 +142,8 @@ class Config:
         """Raises ValueError, naming the flag, for a value that cannot work; traced values are not looked at."""
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            low = 1 if field.type is int and name not in ("seed", "eval_interval", "policy_updates") else 0
+            low = 1 if field.type is int and name not in ("seed", "eval_interval") else 0
+            low = {"num_atoms": 2, "value_bound": 1e-3}.get(name, low)
             is_fraction = name in ("resets_per_step", "learning_rate", "gamma", "tau")
             high = 1 if is_fraction else 2**31 - 1
             if field.type in (int, float) and isinstance(value, int | float) and not low <= value <= high:
@@ -457,11 +458,12 @@ def make_train(config: Config):
     critic = DoubleCritic(config.num_atoms if distributional else 1, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
     num_cycles = config.num_steps // config.sync_every
+    critic_steps, policy_steps = (config.sync_every * n for n in (config.critic_updates, config.policy_updates))
     rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every  # in the replay before the first cycle
 
     def make_optimizer(gradient_steps):
         def learning_rate(gradient_step):
-            progress = gradient_step / (config.num_updates * max(gradient_steps, 1))
+            progress = gradient_step / (config.num_updates * gradient_steps)
             return config.learning_rate * (1 - progress if config.anneal_lr else 1)
 
         adamw = optax.adamw(learning_rate, weight_decay=config.weight_decay)
@@ -606,40 +608,33 @@ def make_train(config: Config):
 
     def parallel_cycle(state, filled, keys):
         """Actor, V-learner and P-learner, none of which reads what another writes, then their exchange."""
-        critic_steps, policy_steps = (config.sync_every * n for n in (config.critic_updates, config.policy_updates))
         actor, fresh, sums = act(state.actor, keys[0], config.sync_every)
-        v_learner, losses = learn_values(state.v_learner, state.replay, filled, keys[1], critic_steps)
+        v_learner, v_losses = learn_values(state.v_learner, state.replay, filled, keys[1], critic_steps)
         p_learner, p_losses = learn_policy(state.p_learner, state.replay.obs, filled, keys[2], policy_steps)
         actor, v_learner, p_learner = exchange(actor, v_learner, p_learner)
-        state = state._replace(actor=actor, v_learner=v_learner, p_learner=p_learner, fresh=fresh)
-        return state, (losses | p_losses, sums)
+        state = state._replace(v_learner=v_learner, p_learner=p_learner, actor=actor, fresh=fresh)
+        return state, (v_losses | p_losses, sums)
 
     def sequential_cycle(state, filled, keys):
         """Rounds of critic and policy updates, then steps of the environments, each with the newest of all."""
+        rounds = math.gcd(critic_steps, policy_steps)
 
         def learn(learners, keys):
-            v_learner, p_learner = learners
-            v_learner, losses = learn_values(
-                v_learner._replace(policy=p_learner.policy), state.replay, filled, keys[0], critic_steps
-            )
-            p_learner, p_losses = learn_policy(
-                p_learner._replace(critic=v_learner.critic), state.replay.obs, filled, keys[1], policy_steps
-            )
-            return (v_learner, p_learner), losses | p_losses
+            _, v_learner, p_learner = exchange(state.actor, *learners)
+            v_learner, v_losses = learn_values(v_learner, state.replay, filled, keys[0], critic_steps // rounds)
+            p_learner = p_learner._replace(critic=v_learner.critic)
+            p_learner, p_losses = learn_policy(p_learner, state.replay.obs, filled, keys[1], policy_steps // rounds)
+            return (v_learner, p_learner), v_losses | p_losses
 
-        steps = [config.sync_every * n for n in (config.critic_updates, config.policy_updates)]
-        rounds = math.gcd(*steps)
-        critic_steps, policy_steps = (n // rounds for n in steps)
-        learners = state.v_learner, state.p_learner
-        learners, losses = jax.lax.scan(learn, learners, jax.random.split(keys[1], (rounds, 2)))
-        actor, fresh, sums = act(state.actor._replace(policy=learners[1].policy), keys[0], config.sync_every)
-        actor, *learners = exchange(actor, *learners)
-        return TrainState(*learners, actor, state.replay, fresh, state.key, state.update), (
-            jax.tree.map(jnp.mean, losses),
-            sums,
+        learners, losses = jax.lax.scan(
+            learn, (state.v_learner, state.p_learner), jax.random.split(keys[1], (rounds, 2))
         )
+        actor, _, _ = exchange(state.actor, *learners)
+        actor, fresh, sums = act(actor, keys[0], config.sync_every)
+        state = state._replace(v_learner=learners[0], p_learner=learners[1], actor=actor, fresh=fresh)
+        return state, (jax.tree.map(jnp.mean, losses), sums)
 
-    def evaluate(state, key):
+    def evaluate(policy_params, statistics, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
 
         def unfinished(carry):
@@ -648,7 +643,7 @@ def make_train(config: Config):
         def step(carry):
             t, physics, obs, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
-            action = policy.apply(state.p_learner.policy, normalize(obs, state.actor.statistics))
+            action = policy.apply(policy_params, normalize(obs, statistics))
             physics, obs, reward, terminated, failed = env_step(keys, physics, obs, action)
             return t + 1, physics, obs, returns + jnp.where(finished, 0, reward), finished | terminated | failed
 
@@ -657,39 +652,99 @@ def make_train(config: Config):
         zeros = jnp.zeros(config.eval_episodes)
         return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
 
-    def update(state, number):
-        """num_steps steps of all environments, with all their gradient steps."""
-
-        def cycle(state, inputs):
-            first_row, keys = inputs
-            rows = first_row + jnp.arange(config.sync_every)
-            # Written before it is read: the other way round the compiled program would copy the whole replay.
-            state = state._replace(replay=replay_insert(state.replay, rows, state.fresh))
-            one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
-            return one_cycle(state, jnp.minimum(rows[-1] + 1, num_rows), keys)
-
-        cycle_key, eval_key = jax.random.split(jax.random.fold_in(state.key, number))
+    def plan(key, number):
+        """Of the cycles of an update: the rows that they begin to write at, their keys; the key of the evaluation."""
         first_rows = rows_before + number * config.num_steps + config.sync_every * jnp.arange(num_cycles)
-        state, (losses, sums) = jax.lax.scan(cycle, state, (first_rows, jax.random.split(cycle_key, (num_cycles, 3))))
-        state = state._replace(update=number + 1)
+        cycle_key, eval_key = jax.random.split(jax.random.fold_in(key, number))
+        return first_rows, jax.random.split(cycle_key, (num_cycles, 3)), eval_key
 
+    def insert(replay, fresh, first_row):
+        """The replay with the fresh rows from first_row on, and how many of its rows are filled."""
+        rows = first_row + jnp.arange(config.sync_every)
+        return replay_insert(replay, rows, fresh), jnp.minimum(rows[-1] + 1, num_rows)
+
+    def summarize(number, losses, sums):
+        """The metrics of an update from those of its cycles."""
         sums = jax.tree.map(jnp.sum, sums)
-        metrics = {f"losses/{name}": values.mean() for name, values in losses.items()} | {
+        return {f"losses/{name}": values.mean() for name, values in losses.items()} | {
             "global_step": config.warmup_timesteps + (number + 1) * config.steps_per_update,
             "charts/episodic_return": sums["return"] / sums["ended"],
             "charts/episodic_length": sums["length"] / sums["ended"],
             "charts/physics_failures": sums["failed"],
             "charts/learning_rate": critic_learning_rate(number * config.num_steps * config.critic_updates),
         }
+
+    def is_due(number):
+        return ((number + 1) % max(config.eval_interval, 1) == 0) | (number + 1 == config.num_updates)
+
+    def update(state, number):
+        """num_steps steps of all environments, with all their gradient steps."""
+
+        def cycle(state, inputs):
+            first_row, keys = inputs
+            # Written before it is read: the other way round the compiled program would copy the whole replay.
+            replay, filled = insert(state.replay, state.fresh, first_row)
+            one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
+            return one_cycle(state._replace(replay=replay), filled, keys)
+
+        *inputs, eval_key = plan(state.key, number)
+        state, (losses, sums) = jax.lax.scan(cycle, state, inputs)
+        metrics = summarize(number, losses, sums)
         if config.eval_interval:
-            due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            metrics["eval/episodic_return"] = jax.lax.cond(due, evaluate, lambda *_: jnp.nan, state, eval_key)
-        return state, metrics
+            inputs = state.p_learner.policy, state.actor.statistics, eval_key
+            metrics["eval/episodic_return"] = jax.lax.cond(is_due(number), evaluate, lambda *_: jnp.nan, *inputs)
+        return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
         state = init(key) if state is None else state
         return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
 
+    def train_on_devices(state, num_updates, devices):
+        """train of a state, bit for bit, as three programs for the three devices; a function of the host, not for jit.
+
+        Actor, V-learner and P-learner each stay on their device, and what they exchange is put there after each cycle;
+        nothing waits for the host. The replay is on the V-learner's device, its states on the P-learner's as well.
+        """
+
+        def learn_v(replay, fresh, first_row, key, v_learner):
+            replay, filled = insert(replay, fresh, first_row)
+            return replay, *learn_values(v_learner, replay, filled, key, critic_steps)
+
+        def learn_p(states, fresh, first_row, key, p_learner):
+            states, filled = insert(states, fresh, first_row)
+            return states, *learn_policy(p_learner, states, filled, key, policy_steps)
+
+        act_program = jax.jit(lambda actor, key: act(actor, key, config.sync_every))
+        v_program, p_program = jax.jit(learn_v, donate_argnums=0), jax.jit(learn_p, donate_argnums=0)
+        plan_program, summarize_program, evaluate_program = map(jax.jit, (plan, summarize, evaluate))
+        devices, key, done, all_metrics = tuple(devices), state.key, int(state.update), []
+        buffers = jax.tree.map(jnp.copy, (state.replay, state.replay.obs))  # which the programs write in place
+        replay, states = jax.device_put(buffers, devices[1:])
+        three, fresh = jax.device_put(
+            ((state.actor, state.v_learner, state.p_learner), state.fresh), (devices, devices[0])
+        )
+        for number in range(done, done + num_updates):
+            (first_rows, keys, eval_key), cycles = plan_program(key, number), []
+            for i in range(num_cycles):
+                inputs = keys[i, 0], (fresh, first_rows[i], keys[i, 1]), (fresh.obs, first_rows[i], keys[i, 2])
+                act_key, v_inputs, p_inputs = jax.device_put(inputs, devices)
+                actor, v_learner, p_learner = three
+                replay, v_learner, v_losses = v_program(replay, *v_inputs, v_learner)
+                states, p_learner, p_losses = p_program(states, *p_inputs, p_learner)
+                actor, fresh, sums = act_program(actor, act_key)
+                three = jax.device_put(exchange(actor, v_learner, p_learner), devices)
+                cycles.append((v_losses | p_losses, sums))
+            losses, sums = jax.tree.map(lambda *x: jnp.stack(x), *jax.device_put(cycles, devices[0]))
+            metrics = summarize_program(number, losses, sums)
+            if config.eval_interval:
+                inputs = jax.device_put((three[2].policy, three[0].statistics, eval_key), devices[0])
+                metrics["eval/episodic_return"] = evaluate_program(*inputs) if is_due(number) else jnp.float32(jnp.nan)
+            all_metrics.append(metrics)
+        actor, v_learner, p_learner = three
+        state = TrainState(v_learner, p_learner, actor, replay, fresh, key, jnp.int32(done + num_updates))
+        return jax.device_put((state, jax.tree.map(lambda *x: jnp.stack(x), *all_metrics)), devices[0])
+
+    train.on_devices = train_on_devices
     train.init = init
     return train
 
