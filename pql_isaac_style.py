@@ -304,7 +304,7 @@ def n_step_transitions(rewards, next_obs, terminated, truncated, gamma, n):
     return total, discount, last_obs
 
 
-def td_targets(rewards, next_values, discounts) -> jax.Array:
+def double_q_targets(rewards, next_values, discounts) -> jax.Array:
     """Double Q targets r + discount * min_j next_values[j], [batch], of next_values [2, batch] (PQL, equation 1)."""
     return rewards + discounts * next_values.min(axis=0)
 
@@ -553,7 +553,7 @@ def make_train(config: Config):
         next_outputs = critic.apply(v_learner.target_critic, next_obs, next_action)
         outputs = critic.apply(params, obs, batch.action)
         if not distributional:
-            target = td_targets(batch.reward, next_outputs[..., 0], batch.discount)
+            target = double_q_targets(batch.reward, next_outputs[..., 0], batch.discount)
             return jnp.square(outputs[..., 0] - target).mean(axis=-1).sum(), outputs.mean()
         probs = project_distribution(jax.nn.softmax(next_outputs), batch.reward, batch.discount, support)
         target = combine_distributions(probs, support, config.combine)

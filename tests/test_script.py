@@ -13,7 +13,7 @@ import time
 
 import jax
 import numpy as np
-from conftest import ROOT, SCRIPTS, only
+from conftest import ROOT, SCRIPTS, only, warmup
 from flax import serialization
 
 FILES = {"checkpoint.msgpack", "config.json", "learning_curve.png", "metadata.json", "metrics.csv", "params.msgpack"}
@@ -44,7 +44,7 @@ def test_help(command):
 def test_run_leaves_its_files_and_no_warning(command):
     output, errors = finish(command("--num-seeds=2", "--seed=5", "--anneal_lr=False", "--total-timesteps=3.2e2"))
     folder = run_folder(command)
-    assert re.fullmatch(r"\w+__CartPole-v1__5__\d+", folder.name)
+    assert re.fullmatch(r"\w+__(CartPole|Pendulum)-v1__5__\d+", folder.name)
     assert {path.name for path in folder.iterdir()} == FILES
     assert "warning" not in (output + errors).lower()
     assert str(folder.relative_to(command.folder)) in output and "steps/s" in output and "100%" in errors
@@ -53,11 +53,12 @@ def test_run_leaves_its_files_and_no_warning(command):
     assert config["num_seeds"] == 2 and config["anneal_lr"] is False and config["total_timesteps"] == 320
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [(int(row["seed"]), int(row["global_step"])) for row in rows] == [
-        (seed, 32 * update) for update in range(1, 11) for seed in (5, 6)
+        (seed, steps) for steps in range(32 + warmup(command.script), 321, 32) for seed in (5, 6)
     ]
     assert len({row["charts/learning_rate"] for row in rows}) == 1
     variables = serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
-    assert (2, 4, 16) in [x.shape for x in jax.tree.leaves(variables)]  # two seeds, four inputs, sixteen units
+    inputs = 3 if config["env_id"] == "Pendulum-v1" else 4
+    assert (2, inputs, 16) in [x.shape for x in jax.tree.leaves(variables)]  # for two seeds, to sixteen units
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["steps_per_second"] > 0 and "jax" in metadata["versions"]
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -135,6 +136,7 @@ DIVERGING = {
     "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
     "ppo_cartpole": "--activation=relu --num-layers=40",
     "dqn_cartpole": "--hidden-sizes" + " 64" * 40,
+    "pql_isaac_style": "--hidden-sizes" + " 64" * 40,
 }
 
 
@@ -145,7 +147,7 @@ def test_nan_is_named(command):
     rows = list(csv.DictReader((run_folder(command) / "metrics.csv").open()))
     learns = SCRIPTS[command.script].get("learning_starts", 0)
     nan_updates = {
-        row["seed"]: int(row["global_step"]) // 32
+        row["seed"]: (int(row["global_step"]) - warmup(command.script)) // 32
         for row in reversed(rows)
         if row["losses/grad_norm"] == "nan" and int(row["global_step"]) > learns
     }
