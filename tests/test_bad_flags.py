@@ -22,14 +22,16 @@ BAD = {
     "LayerNorm": "norm", "nowhere": "resume", ".": "resume", "99999999999": "seed",
 }  # fmt: skip
 MALFORMED = ["--no-such-flag", "--num-env=4", "--num-envs", "--learning-rate", "leftover"]
-CASES = [(script, flag) for script in SCRIPTS for flag in MALFORMED] + [
-    (script, f"--env-id={'CartPole-v1' if script == 'pql_isaac_style' else 'Pendulum-v1'}") for script in SCRIPTS
-] + [
-    (script, f"--{name}={value}")
-    for value, names in BAD.items()
-    for name in names.split()
-    for script in having(name.replace("-", "_"))
-]
+CASES = (
+    [(script, flag) for script in SCRIPTS for flag in MALFORMED]
+    + [(script, f"--env-id={'CartPole-v1' if script == 'pql_isaac_style' else 'Pendulum-v1'}") for script in SCRIPTS]
+    + [
+        (script, f"--{name}={value}")
+        for value, names in BAD.items()
+        for name in names.split()
+        for script in having(name.replace("-", "_"))
+    ]
+)
 
 
 @pytest.mark.parametrize("script, flag", CASES)

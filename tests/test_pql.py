@@ -51,11 +51,23 @@ for env in (Count, Failing):
         gymnax.register(env.__name__, env)
 
 
-@pytest.mark.parametrize("settings", [{}, {"sync_every": 4}, {"n_steps": 1}, {"algorithm": "ddpg_n", "n_steps": 4}])
-@pytest.mark.parametrize("env_id, bootstrap", [("Count", True), ("Count", False), ("Failing", True)])
+@pytest.mark.parametrize(
+    "env_id, bootstrap, settings",
+    [
+        ("Count", True, {"sync_every": 4}),
+        ("Count", False, {"n_steps": 1}),
+        ("Failing", True, {}),
+        ("Failing", False, {"algorithm": "ddpg_n", "n_steps": 4, "sync_every": 2}),
+    ],
+)
 def test_replay_holds_what_happened(env_id, bootstrap, settings):
     """Every transition in the replay follows from its first observation, its action and the kind of its episode."""
-    settings |= {"gamma": 0.5, "reward_scale": 0.1, "buffer_size": 10_000, "bootstrap_on_truncation": bootstrap}
+    settings = settings | {
+        "gamma": 0.5,
+        "reward_scale": 0.1,
+        "buffer_size": 10_000,
+        "bootstrap_on_truncation": bootstrap,
+    }
     config = dataclasses.replace(TINY, env_id=env_id, eval_interval=0, **settings)
     state, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
     steps = config.warmup_steps + config.num_updates * config.num_steps
@@ -140,7 +152,7 @@ for name in metrics:
 """
 
 
-@pytest.mark.parametrize("settings", [{}, {"sync_every": 4}, {"algorithm": "pql_d"}])
+@pytest.mark.parametrize("settings", [{}, {"sync_every": 4, "algorithm": "pql_d"}])
 def test_three_devices_equal_one(settings):
     environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", THREE_DEVICES, str(SCRIPTS["pql_isaac_style"] | settings)]
@@ -150,7 +162,9 @@ def test_three_devices_equal_one(settings):
 
 def test_brax():
     """A task of brax: time limit apart from terminations, finite losses, an evaluation."""
-    config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, total_timesteps=16 * 24, eval_interval=1)
+    config = dataclasses.replace(
+        TINY, env_id="inverted_pendulum", num_envs=16, total_timesteps=16 * 24, eval_interval=1
+    )
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
     assert np.isfinite(metrics["losses/grad_norm"]).all() and (metrics["eval/episodic_return"] > 1).all()
     assert 2 < np.nanmean(metrics["charts/episodic_length"]) < 30  # a fallen pole terminates
