@@ -15,7 +15,8 @@ BAD = {
     "vf-coef tau resets-per-step value-bound",
     "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau resets-per-step",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
-    "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size algorithm backend combine",
+    "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size "
+    "algorithm backend combine",
     "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps", "3e9": "total-timesteps",
     "3": "num-minibatches buffer-size sync-every", "64": "num-minibatches", "": "env-id gamma", "1": "num-atoms",
     "2": "warmup-steps",

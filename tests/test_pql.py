@@ -162,9 +162,8 @@ def test_three_devices_equal_one(settings):
 
 def test_brax():
     """A task of brax: time limit apart from terminations, finite losses, an evaluation."""
-    config = dataclasses.replace(
-        TINY, env_id="inverted_pendulum", num_envs=16, total_timesteps=16 * 24, eval_interval=1
-    )
+    config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, buffer_size=1000)
+    config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=1)
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
     assert np.isfinite(metrics["losses/grad_norm"]).all() and (metrics["eval/episodic_return"] > 1).all()
     assert 2 < np.nanmean(metrics["charts/episodic_length"]) < 30  # a fallen pole terminates
