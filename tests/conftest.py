@@ -22,7 +22,15 @@ SCRIPTS = {
     "dqn_cartpole": SIZES
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
+    "pql_isaac_style": SIZES
+    | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
+    | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},
 }
+
+
+def warmup(script: str) -> int:
+    """The environment steps of a script before its first update."""
+    return SCRIPTS[script].get("warmup_steps", 0) * SIZES["num_envs"]
 
 
 def having(*names: str) -> list[str]:
