@@ -7,11 +7,11 @@ from conftest import SCRIPTS, flags, having
 BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes num-layers eval-episodes "
     "num-channels total-timesteps buffer-size batch-size target-interval critic-updates policy-updates n-steps "
-    "sync-every",
+    "sync-every reset-ratio eval-steps",
     "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts hidden-sizes stddev-max "
     "max-steps-in-episode",
     "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef ent-coef "
-    "vf-coef tau sticky-action-prob resets-per-step value-bound",
+    "vf-coef tau sticky-action-prob resets-per-step value-bound forget-bias",
     "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau sticky-action-prob "
     "resets-per-step",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",

@@ -137,6 +137,7 @@ DIVERGING = {
     "pqn_minatar": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
     "ppo_cartpole": "--activation=relu --num-layers=40",
     "dqn_cartpole": "--hidden-sizes" + " 64" * 40,
+    "pqn_rnn_craftax": "--env-params memory_length=0",  # observations divided by it
     "pql_isaac_style": "--hidden-sizes" + " 64" * 40,
 }
 

@@ -75,6 +75,7 @@ def test_traced_hyperparameters(script, config):
         "epsilon_decay": [0.1, 1.0],
         "max_grad_norm": [0.01, 10.0],
         "reward_scale": [0.1, 1.0],
+        "forget_bias": [0.0, 1.0],
         "weight_decay": [0.0, 0.1],
         "stddev_min": [0.0, 0.1],
         "stddev_max": [0.5, 1.0],
@@ -254,7 +255,8 @@ def test_truncation_flag_changes_nothing_without_truncation(script, config):
         jax.jit(script.make_train(dataclasses.replace(config, bootstrap_on_truncation=flag)))(jax.random.key(0))
         for flag in (True, False)
     ]
-    assert_equal(*runs)
+    # Where steps have a weight in the loss, the compiler may sum in another order if it knows that all count.
+    assert_equal(*runs, **({"atol": 1e-5} if hasattr(script, "rollout_targets") else {}))
 
 
 @only("norm")
