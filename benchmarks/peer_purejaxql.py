@@ -1,8 +1,9 @@
-"""PureJaxQL's pqn_gymnax.py or pqn_minatar.py, timed: run it with the Python of PureJaxQL's own environment, its
-checkout on PYTHONPATH.
+"""PureJaxQL's pqn_gymnax.py, pqn_minatar.py or pqn_rnn_craftax.py, timed: run it with the Python of PureJaxQL's own
+environment, its checkout on PYTHONPATH.
 
 Prints one line of JSON: seconds to compile and to run, steps per second over all seeds, and the curve of its own
-evaluation where --evaluate is given. Its hyperparameters are those of its configuration file for CartPole or MinAtar.
+evaluation where --evaluate is given. Its hyperparameters are those of its configuration file for CartPole, MinAtar or
+Craftax, changed by --set.
 """
 
 import argparse
@@ -21,20 +22,20 @@ parser.add_argument("--env-id", default="CartPole-v1")
 parser.add_argument("--num-seeds", type=int, default=1)
 parser.add_argument("--total-timesteps", type=int, default=500_000)
 parser.add_argument("--evaluate", action="store_true")
-parser.add_argument("--norm-type", default="layer_norm")
+parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
 args = parser.parse_args()
 
-is_minatar = args.env_id.endswith("MinAtar")
-make_train = importlib.import_module(f"purejaxql.{'pqn_minatar' if is_minatar else 'pqn_gymnax'}").make_train
-folder = Path(purejaxql.__file__).parent / "config/alg"
-config = yaml.safe_load((folder / f"{'pqn_minatar' if is_minatar else 'pqn_cartpole'}.yaml").read_text())
+kinds = {"MinAtar": ("pqn_minatar", "pqn_minatar"), "Craftax": ("pqn_rnn_craftax", "pqn_rnn_craftax")}
+module, alg = next((names for kind, names in kinds.items() if kind in args.env_id), ("pqn_gymnax", "pqn_cartpole"))
+make_train = importlib.import_module(f"purejaxql.{module}").make_train
+config = yaml.safe_load((Path(purejaxql.__file__).parent / f"config/alg/{alg}.yaml").read_text())
 config |= {
     "ENV_NAME": args.env_id,
     "TOTAL_TIMESTEPS": args.total_timesteps,
     "TOTAL_TIMESTEPS_DECAY": args.total_timesteps,
 }
 config |= {"TEST_DURING_TRAINING": args.evaluate, "WANDB_MODE": "disabled"}
-config |= {"NORM_TYPE": args.norm_type}
+config |= {name: yaml.safe_load(value) for name, value in (change.split("=") for change in args.set)}
 keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)
 start = time.perf_counter()
 train = jax.jit(jax.vmap(make_train(config))).lower(keys).compile()

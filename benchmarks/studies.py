@@ -37,6 +37,24 @@ GAMES = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 SAME_GAMES = ("Asterix", "Breakout", "Freeway")  # in the gymnax that PureJaxQL takes and in ours
 PUREJAXQL_MINATAR = "benchmarks/peer_purejaxql.py --num-seeds 3 --evaluate --total-timesteps 1000000"
 NUM_ENVS = (1, 32, 128, 512, 1024, 2048)
+MEMORY = (
+    "pqn_rnn_craftax --env-id MemoryChain-bsuite --env-params memory_length=100 --num-envs 32 --num-minibatches 16 "
+    "--learning-rate 1e-3 --no-anneal-lr --td-lambda 0.95 --epsilon-finish 0.01 --max-grad-norm 10 --hidden-size 128 "
+    "--no-norm-input --forget-bias 5 --total-timesteps 1.3e5 --eval-interval 4"
+)
+SMALL_CRAFTAX = "--env-id Craftax-Classic-Symbolic-v1 --num-envs 64 --num-steps 32 --hidden-size 128 --reset-ratio 16 "
+PURE_CRAFTAX = (
+    "benchmarks/peer_purejaxql.py --env-id Craftax-Classic-Symbolic-v1 --total-timesteps 65536 "
+    "--set NUM_ENVS=64 NUM_STEPS=32 HIDDEN_SIZE=128"
+)
+PENDULUM = (
+    "pql_isaac_style --env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 "
+    "--learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5"
+)
+ANT = (
+    "pql_isaac_style --env-id ant --num-envs 128 --num-steps 64 --batch-size 512 --hidden-sizes 256 128 "
+    "--buffer-size 1000000 --reward-scale 0.1 --eval-interval 5 --eval-episodes 16 --total-timesteps 250000"
+)
 
 STUDIES = {
     "pqn_truncation": 'curves.py --line 500 --title CartPole-v1 --curves "bootstrapped=pqn_cartpole" '
@@ -83,6 +101,27 @@ STUDIES = {
     '"planes of 0 and 1=pqn_minatar --total-timesteps 1e6 --eval-interval 12" '
     '--peer "planes of 0 and 1/255=python benchmarks/divided_planes.py --num-seeds 3 --total-timesteps 1e6 '
     '--eval-interval 12"',
+    "craftax_memory": "curves.py --line 1 --title MemoryChain-bsuite "
+    f'--curves "LSTM={MEMORY}" "without its memory={MEMORY} --no-memory"',
+    "craftax_classic": "curves.py --num-seeds 2 --metric charts/episodic_return --title Craftax-Classic-Symbolic-v1 "
+    f'--curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX} --total-timesteps 1e6"',
+    "craftax_speed": f'speed.py pqn_rnn_craftax --flags="{SMALL_CRAFTAX} --total-timesteps 65536" '
+    f'--peer "PureJaxQL=$PUREJAXQL {PURE_CRAFTAX}"',
+    "pql_pendulum": f'curves.py --line=-200 --x steps seconds --title Pendulum-v1 --curves "PQL={PENDULUM}" '
+    f'"PQL-D={PENDULUM} --algorithm pql_d --reward-scale 0.01" "DDPG(n)={PENDULUM} --algorithm ddpg_n"',
+    "pql_exploration": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "mixed={PENDULUM}" '
+    + " ".join(f'"{s}={PENDULUM} --stddev-min {s} --stddev-max {s}"' for s in (0.2, 0.4, 0.6, 0.8)),
+    "pql_beta_pv": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:1={PENDULUM} '
+    f'--policy-updates 8" "1:2={PENDULUM}" "1:4={PENDULUM} --policy-updates 2"',
+    "pql_beta_av": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:4={PENDULUM} '
+    f'--critic-updates 4 --policy-updates 2" "1:8={PENDULUM}" "1:12={PENDULUM} --critic-updates 12 --policy-updates 6"',
+    "pql_num_envs": "curves.py --num-seeds 4 --line=-200 --x steps seconds --title Pendulum-v1 --curves "
+    + " ".join(
+        f'"{n} environments={PENDULUM} --num-envs {n} --warmup-steps {4096 // n}"' for n in (64, 128, 512, 1024)
+    ),
+    "pql_ant": f'curves.py --num-seeds 3 --x steps seconds --title ant --curves "PQL={ANT}" '
+    f'"DDPG(n)={ANT} --algorithm ddpg_n" --peer "PPO of brax=python benchmarks/peer_brax_ppo.py --num-seeds 3 '
+    '--total-timesteps 1000000"',
     "throughput": "throughput.py pqn_cartpole ppo_cartpole",
     "ppo_seeds": "seeds.py ppo_cartpole "
     '--peer "CleanRL=$CLEANRL benchmarks/peer_cleanrl.py $CLEANRL_PPO --total-timesteps 100000"',

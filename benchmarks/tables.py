@@ -15,9 +15,11 @@ README = ROOT / "README.md"
 
 
 def load(*patterns: str) -> dict[str, dict]:
-    """Studies by name, in the order of the patterns."""
-    paths = [path for pattern in patterns for path in sorted(RESULTS.glob(f"{pattern}.json"))]
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    """Studies by name, in the order of the patterns; raises FileNotFoundError for a pattern of none."""
+    found = {pattern: sorted(RESULTS.glob(f"{pattern}.json")) for pattern in patterns}
+    if missing := [pattern for pattern, paths in found.items() if not paths]:
+        raise FileNotFoundError(f"no benchmarks/results/{missing[0]}.json: benchmarks/studies.py makes it")
+    return {path.stem: json.loads(path.read_text()) for paths in found.values() for path in paths}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

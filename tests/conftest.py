@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Most of the time is compiling: do it with less care, and load what another test or process has compiled.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
 # Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 4.
 SIZES = {"num_envs": 4, "total_timesteps": 12 * 32, "eval_interval": 4, "eval_episodes": 4}
@@ -22,7 +25,16 @@ SCRIPTS = {
     "dqn_cartpole": SIZES
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
+    "pqn_rnn_craftax": ROLLOUTS | {"env_id": "MemoryChain-bsuite"},
+    "pql_isaac_style": SIZES
+    | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
+    | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},
 }
+
+
+def warmup(script: str) -> int:
+    """The environment steps of a script before its first update."""
+    return SCRIPTS[script].get("warmup_steps", 0) * SIZES["num_envs"]
 
 
 def having(*names: str) -> list[str]:

@@ -6,25 +6,33 @@ from conftest import SCRIPTS, flags, having
 # What each flag does not take; a script is tried with those of its own flags.
 BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes num-layers eval-episodes "
-    "num-channels total-timesteps buffer-size batch-size target-interval",
-    "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts hidden-sizes "
+    "num-channels total-timesteps buffer-size batch-size target-interval critic-updates policy-updates n-steps "
+    "sync-every reset-ratio eval-steps",
+    "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts hidden-sizes stddev-max "
     "max-steps-in-episode",
     "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef ent-coef "
-    "vf-coef tau sticky-action-prob",
-    "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau sticky-action-prob",
+    "vf-coef tau sticky-action-prob resets-per-step value-bound forget-bias",
+    "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau sticky-action-prob "
+    "resets-per-step",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
-    "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size",
+    "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size "
+    "algorithm backend combine",
     "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps", "3e9": "total-timesteps",
-    "3": "num-minibatches buffer-size", "64": "num-minibatches", "Pendulum-v1": "env-id", "": "env-id gamma",
+    "3": "num-minibatches buffer-size sync-every", "64": "num-minibatches", "": "env-id gamma", "1": "num-atoms",
+    "2": "warmup-steps",
     "LayerNorm": "norm", "nowhere": "resume", ".": "resume", "99999999999": "seed",
 }  # fmt: skip
 MALFORMED = ["--no-such-flag", "--num-env=4", "--num-envs", "--learning-rate", "leftover"]
-CASES = [(script, flag) for script in SCRIPTS for flag in MALFORMED] + [
-    (script, f"--{name}={value}")
-    for value, names in BAD.items()
-    for name in names.split()
-    for script in having(name.replace("-", "_"))
-]
+CASES = (
+    [(script, flag) for script in SCRIPTS for flag in MALFORMED]
+    + [(script, f"--env-id={'CartPole-v1' if script == 'pql_isaac_style' else 'Pendulum-v1'}") for script in SCRIPTS]
+    + [
+        (script, f"--{name}={value}")
+        for value, names in BAD.items()
+        for name in names.split()
+        for script in having(name.replace("-", "_"))
+    ]
+)
 
 
 def check(errors, flag):

@@ -157,6 +157,119 @@ def test_replay_samples_uniformly(script):
     np.testing.assert_allclose(counts[:9] / 60_000, 1 / 9, atol=0.01)
 
 
+def slow_n_step(rewards, next_obs, terminated, truncated, gamma, n):
+    """One window after the other, one step after the other, until n are done or the episode ends."""
+    num_windows, num_envs = len(rewards) - n + 1, rewards.shape[1]
+    total, discount = np.zeros((2, num_windows, num_envs))
+    last_obs = np.zeros((num_windows, *next_obs.shape[1:]))
+    for env in range(num_envs):
+        for t in range(num_windows):
+            for k in range(t, t + n):
+                total[t, env] += gamma ** (k - t) * rewards[k, env]
+                if terminated[k, env] or truncated[k, env]:
+                    break
+            discount[t, env] = 0 if terminated[k, env] else gamma ** (k - t + 1)
+            last_obs[t, env] = next_obs[k, env]
+    return total, discount, last_obs
+
+
+@only("n_step_transitions")
+@MANY
+@given(
+    n=st.integers(1, 5),
+    num_windows=st.integers(1, 8),
+    num_envs=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    ends=st.sampled_from([0.0, 0.1, 0.5]),
+    gamma=st.floats(0, 1),
+)
+def test_n_step_transitions(script, n, num_windows, num_envs, seed, ends, gamma):
+    rng, num_steps = np.random.default_rng(seed), num_windows + n - 1
+    rewards = rng.normal(size=(num_steps, num_envs)).astype(np.float32)
+    next_obs = rng.normal(size=(num_steps, num_envs, 2)).astype(np.float32)
+    terminated, truncated = rng.random((2, num_steps, num_envs)) < ends  # at times both at once
+    arguments = rewards, next_obs, terminated, truncated
+    ours = script.n_step_transitions(*map(jnp.asarray, arguments), gamma, n)
+    for mine, slow in zip(ours, slow_n_step(*arguments, gamma, n), strict=True):
+        np.testing.assert_allclose(mine, slow, atol=1e-5)
+
+
+@only("mixed_exploration_stddevs")
+@given(num_envs=st.integers(1, 50), low=st.floats(0, 1), high=st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_mixed_exploration_stddevs(script, num_envs, low, high):
+    slow = [low + (i - 1) / (num_envs - 1) * (high - low) if num_envs > 1 else low for i in range(1, num_envs + 1)]
+    np.testing.assert_allclose(script.mixed_exploration_stddevs(num_envs, low, high), slow, atol=1e-6)
+
+
+@only("double_q_targets")
+def test_double_q_targets(script):
+    values = jnp.array([[10.0, 1.0, 5.0], [4.0, 2.0, -5.0]])
+    targets = script.double_q_targets(jnp.array([1.0, 1.0, -2.0]), values, jnp.array([0.5, 0.0, 0.9]))
+    np.testing.assert_allclose(targets, [3.0, 1.0, -6.5])
+
+
+@only("project_distribution")
+@MANY
+@given(
+    num_atoms=st.integers(2, 20),
+    batch=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([0.1, 1.0, 10.0]),
+)
+def test_project_distribution(script, num_atoms, batch, seed, scale):
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.ones(num_atoms), size=(2, batch))
+    rewards, discounts = scale * rng.normal(size=batch), rng.random(batch) * (rng.random(batch) < 0.7)
+    support = np.linspace(-2, 3, num_atoms)
+    expected, gap = np.zeros(probs.shape), support[1] - support[0]
+    for critic, row, atom in np.ndindex(probs.shape):
+        at = (min(max(rewards[row] + discounts[row] * support[atom], -2), 3) - support[0]) / gap
+        low = min(int(at), num_atoms - 2)
+        expected[critic, row, low] += (1 - (at - low)) * probs[critic, row, atom]
+        expected[critic, row, low + 1] += (at - low) * probs[critic, row, atom]
+    arguments = [jnp.asarray(x, jnp.float32) for x in (probs, rewards, discounts, support)]
+    np.testing.assert_allclose(script.project_distribution(*arguments), expected, atol=2e-5)
+
+
+@only("project_distribution")
+def test_project_distribution_against_rlax(script):
+    rlax = pytest.importorskip("rlax")
+    support = jnp.linspace(-10, 10, 51)
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(0), (7, 51)))
+    rewards, discounts = jax.random.normal(jax.random.key(1), (2, 7))
+    ours = script.project_distribution(probs, rewards, discounts, support)
+    values = rewards[:, None] + discounts[:, None] * support
+    theirs = jax.vmap(rlax.categorical_l2_project, in_axes=(0, 0, None))(values, probs, support)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@only("combine_distributions")
+def test_combine_distributions(script):
+    support = jnp.array([0.0, 1.0, 2.0])
+    probs = jnp.array([[[0.5, 0.0, 0.5], [0.1, 0.1, 0.8]], [[0.2, 0.7, 0.1], [0.0, 0.0, 1.0]]])
+    least = script.combine_distributions(probs, support, "elementwise_min")
+    np.testing.assert_allclose(least, [[0.2, 0.0, 0.1], [0.0, 0.0, 0.8]])
+    lower = script.combine_distributions(probs, support, "lower_mean")
+    np.testing.assert_allclose(lower, [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]])
+
+
+@only("update_statistics", "normalize")
+@given(batches=st.integers(1, 6), batch=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), offset=st.floats(-10, 10))
+@settings(max_examples=80, deadline=None)
+def test_running_statistics(script, batches, batch, seed, offset):
+    data = (np.random.default_rng(seed).normal(size=(batches, batch, 3)) * [0.1, 1, 5] + offset).astype(np.float32)
+    statistics = script.Statistics(jnp.zeros(3), jnp.ones(3), jnp.float32(0))
+    for part in data:
+        statistics = script.update_statistics(statistics, jnp.asarray(part))
+    every = data.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(statistics.mean, every.mean(0), atol=1e-4)
+    np.testing.assert_allclose(statistics.var, every.var(0), rtol=1e-3, atol=1e-4)
+    assert statistics.count == batches * batch
+    expected = np.clip((every - every.mean(0)) / np.sqrt(every.var(0) + 1e-4), -1, 1)
+    np.testing.assert_allclose(script.normalize(every, statistics, 1.0), expected, atol=2e-2)
+
+
 @only("lambda_returns")
 def test_lambda_returns_against_rlax(script):
     rlax = pytest.importorskip("rlax")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SCRIPTS, only
+from conftest import SCRIPTS, only, warmup
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -75,9 +75,17 @@ def test_traced_hyperparameters(script, config):
         "epsilon_decay": [0.1, 1.0],
         "max_grad_norm": [0.01, 10.0],
         "reward_scale": [0.1, 1.0],
+        "forget_bias": [0.0, 1.0],
+        "weight_decay": [0.0, 0.1],
+        "stddev_min": [0.0, 0.1],
+        "stddev_max": [0.5, 1.0],
+        "target_noise": [0.1, 0.8],
+        "target_noise_clip": [0.1, 0.3],
+        "obs_clip": [1.0, 5.0],
+        "value_bound": [10.0, 20.0],
     }
     floats = {field.name for field in dataclasses.fields(config) if field.type is float}
-    assert floats - set(values) <= {"checkpoint_interval", "sticky_action_prob"}
+    assert floats - set(values) <= {"checkpoint_interval", "sticky_action_prob", "resets_per_step"}
     values = {name: pair for name, pair in values.items() if name in floats}
 
     def run(hyperparameters):
@@ -89,11 +97,11 @@ def test_traced_hyperparameters(script, config):
         assert_equal(jax.tree.map(lambda x, i=i: x[i], swept), alone, rtol=1e-3, atol=1e-4)
 
 
-def test_metrics(config, whole_run):
+def test_metrics(script, config, whole_run):
     _, metrics = whole_run
     number = np.arange(1, config.num_updates + 1)
     assert {value.shape for value in metrics.values()} == {(config.num_updates,)}
-    np.testing.assert_array_equal(metrics["global_step"], 32 * number)
+    np.testing.assert_array_equal(metrics["global_step"], warmup(script.__name__) + 32 * number)
     np.testing.assert_array_equal(np.isnan(metrics["eval/episodic_return"]), number % config.eval_interval != 0)
     for name in ("learning_rate", "episodic_return", "episodic_length"):
         assert f"charts/{name}" in metrics
@@ -155,6 +163,7 @@ def test_no_callback(script, config):
 ENVIRONMENTS = [
     "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite", "UmbrellaChain-bsuite",
     "DiscountingChain-bsuite", "Breakout-MinAtar", "FourRooms-misc", "MetaMaze-misc",
+    "MountainCarContinuous-v0", "Reacher-misc",
 ]  # fmt: skip
 GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"]
 
@@ -208,17 +217,28 @@ class Clock(environment.Environment):
         return jnp.ones((10, 10, 1)), environment.EnvState(time=jnp.int32(0))
 
 
+class ContinuousClock(Clock):
+    action_space = staticmethod(lambda params: spaces.Box(-1, 1, (1,), jnp.float32))
+
+
+def clock(script):
+    """A Clock with the kind of actions that the script learns."""
+    continuous = script.__name__ == "pql_isaac_style"
+    env_id = "ContinuousClock" if continuous else "Clock"
+    if env_id not in gymnax.registered_envs:
+        gymnax.register(env_id, ContinuousClock if continuous else Clock)
+    return env_id
+
+
 @pytest.mark.parametrize("bootstrap, trace", [(True, 0.0), (True, 0.9), (False, 0.9)])
 def test_truncation_is_not_an_end(script, config, bootstrap, trace, monkeypatch):
     """Every state is the same, so with bootstrapping its value is 1 / (1 - gamma), over however short episodes."""
-    if "Clock" not in gymnax.registered_envs:
-        gymnax.register("Clock", Clock)
     if hasattr(script, "GAMES"):
         monkeypatch.setattr(script, "GAMES", ("Clock",))
     settings = {"total_timesteps": 32 * 800, "eval_interval": 0, "gamma": 0.8, "learning_rate": 1e-2, "anneal_lr": True}
     settings |= {"td_lambda": trace, "gae_lambda": trace, "reward_scale": 1.0, "clip_vloss": False}
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
-    config = dataclasses.replace(config, env_id="Clock", bootstrap_on_truncation=bootstrap, **settings)
+    config = dataclasses.replace(config, env_id=clock(script), bootstrap_on_truncation=bootstrap, **settings)
     state, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
     if "losses/q_values" in metrics:
         value = metrics["losses/q_values"][-1]
@@ -235,7 +255,8 @@ def test_truncation_flag_changes_nothing_without_truncation(script, config):
         jax.jit(script.make_train(dataclasses.replace(config, bootstrap_on_truncation=flag)))(jax.random.key(0))
         for flag in (True, False)
     ]
-    assert_equal(*runs)
+    # Where steps have a weight in the loss, the compiler may sum in another order if it knows that all count.
+    assert_equal(*runs, **({"atol": 1e-5} if hasattr(script, "rollout_targets") else {}))
 
 
 @only("norm")

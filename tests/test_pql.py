@@ -1,0 +1,174 @@
+"""What Parallel Q-Learning alone has: physics that fail, windows of several steps in the replay, three devices."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS
+from gymnax.environments import environment, spaces
+from test_train import ClockParams, assert_equal
+
+import pql_isaac_style as pql
+
+TINY = pql.Config(**SCRIPTS["pql_isaac_style"])
+
+
+class Count(environment.Environment):
+    """Observes the time and how the episode goes, which is drawn at its reset; action and reward are in [-1, 1].
+
+    An episode of kind 0 is cut after 5 steps, of kind 1 it terminates at time 3, of kind 2 its physics fail at time 4.
+    """
+
+    num_actions = 1
+    kinds = 2
+    default_params = ClockParams()
+    action_space = staticmethod(lambda params: spaces.Box(-2, 2, (1,), jnp.float32))
+    observation_space = staticmethod(lambda params: spaces.Box(0, 5, (2,), jnp.float32))
+
+    def step_env(self, key, state, action, params):
+        time, kind = state[0] + 1, state[1]
+        fails = (kind == 2) & (time >= 4)
+        obs = jnp.where(fails, jnp.nan, jnp.stack([time, kind]))
+        return obs, obs, jnp.where(fails, jnp.nan, action[0] / 2 + time), (kind == 1) & (time == 3), {}
+
+    def reset_env(self, key, params):
+        state = jnp.stack([0.0, jax.random.randint(key, (), 0, self.kinds).astype(jnp.float32)])
+        return state, state
+
+
+class Failing(Count):
+    kinds = 3
+
+
+for env in (Count, Failing):
+    if env.__name__ not in gymnax.registered_envs:
+        gymnax.register(env.__name__, env)
+
+
+@pytest.mark.parametrize(
+    "env_id, bootstrap, settings",
+    [
+        ("Count", True, {"sync_every": 4}),
+        ("Count", False, {"n_steps": 1}),
+        ("Failing", True, {}),
+        ("Failing", False, {"algorithm": "ddpg_n", "n_steps": 4, "sync_every": 2}),
+    ],
+)
+def test_replay_holds_what_happened(env_id, bootstrap, settings):
+    """Every transition in the replay follows from its first observation, its action and the kind of its episode."""
+    settings = settings | {
+        "gamma": 0.5,
+        "reward_scale": 0.1,
+        "buffer_size": 10_000,
+        "bootstrap_on_truncation": bootstrap,
+    }
+    config = dataclasses.replace(TINY, env_id=env_id, eval_interval=0, **settings)
+    state, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
+    steps = config.warmup_steps + config.num_updates * config.num_steps
+    num_rows = steps - (config.n_steps - 1) - config.sync_every  # the last ones are on their way
+    replay = jax.tree.map(lambda x: np.asarray(x[:num_rows]), state.replay)
+    assert not state.replay.obs[num_rows:].any() and not state.replay.reward[num_rows:].any()
+    ends = {0: 5, 1: 3, 2: 4}
+    for index in np.ndindex(num_rows, config.num_envs):
+        time, kind = replay.obs[index]
+        k = int(min(config.n_steps, ends[kind] - time))
+        at_end = time + k == ends[kind]
+        failed = at_end and kind == 2
+        terminal = at_end and (kind == 1 or not bootstrap)
+        np.testing.assert_array_equal(replay.next_obs[index], [time + k - failed, kind])
+        np.testing.assert_allclose(replay.discount[index], 0 if terminal else 0.5**k)
+        actions = [replay.action[index[0] + i, index[1], 0] for i in range(k) if index[0] + i < num_rows]
+        if len(actions) == k:
+            rewards = [action + time + 1 + i for i, action in enumerate(actions)]
+            expected = sum(0.1 * 0.5**i * reward for i, reward in enumerate(rewards[: k - failed]))
+            np.testing.assert_allclose(replay.reward[index], expected, atol=1e-5)
+    lengths = {ends[kind] for kind in range(3 if env_id == "Failing" else 2)}
+    assert min(lengths) <= np.nanmean(metrics["charts/episodic_length"]) <= max(lengths)
+    assert (metrics["charts/physics_failures"].sum() > 0) == (env_id == "Failing")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.actor.obs, state.replay)))
+
+
+def test_episodes_begin_afresh():
+    """Environments that end in the same step begin with states of their own, or share them as resets_per_step says."""
+    for resets, most in ((1.0, 64), (0.125, 8)):
+        config = dataclasses.replace(TINY, num_envs=64, total_timesteps=64 * 208, buffer_size=64 * 300, num_steps=200)
+        train = pql.make_train(dataclasses.replace(config, resets_per_step=resets, critic_updates=1, policy_updates=1))
+        state, _ = jax.jit(train)(jax.random.key(0))
+        obs = np.asarray(state.replay.obs[200])  # all began a new episode with the limit of 200 steps
+        assert not (obs == state.replay.next_obs[197]).all(axis=-1).any()
+        assert len(np.unique(obs, axis=0)) == most
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "pql_d"}, {"algorithm": "pql_d", "combine": "lower_mean"}])
+def test_distributional(settings):
+    config = dataclasses.replace(TINY, reward_scale=0.01, **settings)
+    state, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
+    assert all(np.isfinite(metrics[f"losses/{name}"]).all() for name in ("td_loss", "policy_loss", "grad_norm"))
+    assert state.params["critic"]["params"]["MLP_0"]["Dense_1"]["kernel"].shape == (16, 51)
+
+
+def test_within_a_cycle_none_reads_what_another_writes():
+    """The first policy updates are the same whatever the critic learns meanwhile, and the other way round."""
+    config = dataclasses.replace(TINY, num_steps=2, sync_every=2, total_timesteps=20 * 32, eval_interval=0)
+
+    def one_cycle(**settings):
+        train = pql.make_train(dataclasses.replace(config, **settings))
+        return jax.jit(lambda key: train(key, num_updates=1))(jax.random.key(0))[0]
+
+    usual, faster = one_cycle(), one_cycle(critic_updates=9)
+    assert_equal(usual.p_learner.policy, faster.p_learner.policy)
+    assert_equal(usual.actor.obs, faster.actor.obs)
+    assert_equal(usual.v_learner.critic, one_cycle(policy_updates=5).v_learner.critic)
+    assert_equal(usual.p_learner.critic, usual.v_learner.critic)
+    assert_equal((usual.actor.policy, usual.v_learner.policy), (usual.p_learner.policy,) * 2)
+    assert_equal((usual.p_learner.statistics, usual.v_learner.statistics), (usual.actor.statistics,) * 2)
+    with pytest.raises(AssertionError):
+        sequential = (one_cycle(algorithm="ddpg_n", critic_updates=n).p_learner.policy for n in (8, 12))
+        assert_equal(*sequential)
+
+
+THREE_DEVICES = """
+import jax, numpy as np, sys
+from pql_isaac_style import Config, make_train
+train = make_train(Config(**eval(sys.argv[1])))
+devices = jax.devices()
+assert len(devices) == 3
+state, metrics = jax.jit(train)(jax.random.key(0))
+one, _ = jax.jit(lambda key: train(key, num_updates=4))(jax.random.key(0))
+before = jax.tree.map(np.asarray, one._replace(key=0))
+other, rest = train.on_devices(one, 8, devices)
+for a, b in zip(*map(jax.tree.leaves, (one._replace(key=0), before)), strict=True):
+    np.testing.assert_array_equal(a, b)  # nothing given was donated
+for a, b in zip(*map(jax.tree.leaves, (state._replace(key=0), other._replace(key=0))), strict=True):
+    np.testing.assert_array_equal(a, b)
+for name in metrics:
+    np.testing.assert_array_equal(metrics[name][4:], rest[name], err_msg=name)
+"""
+
+
+@pytest.mark.parametrize("settings", [{}, {"sync_every": 4, "algorithm": "pql_d"}])
+def test_three_devices_equal_one(settings):
+    environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", THREE_DEVICES, str(SCRIPTS["pql_isaac_style"] | settings)]
+    done = subprocess.run(arguments, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_brax():
+    """A task of brax: time limit apart from terminations, finite losses, an evaluation."""
+    config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, buffer_size=1000)
+    config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=1)
+    _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
+    assert np.isfinite(metrics["losses/grad_norm"]).all() and (metrics["eval/episodic_return"] > 1).all()
+    assert 2 < np.nanmean(metrics["charts/episodic_length"]) < 30  # a fallen pole terminates
+
+
+def test_backend_that_a_task_lacks():
+    with pytest.raises(ValueError, match="--backend is spring"):
+        pql.make_env("swimmer", "spring")

@@ -1,0 +1,218 @@
+"""What the recurrent script alone has: memory, batch renormalisation, targets of whole rollouts, optimistic resets."""
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_train import assert_equal
+
+import pqn_rnn_craftax as rnn
+
+TINY = rnn.Config(**SCRIPTS["pqn_rnn_craftax"])
+
+
+@given(length=st.integers(1, 12), resets=st.floats(0, 1), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_lstm_with_resets_is_its_pieces_apart(length, resets, seed):
+    lstm = rnn.LSTM(5, 1.0)
+    rng = np.random.default_rng(seed)
+    x, hidden = rng.normal(size=(length, 1, 3)), (rng.normal(size=(1, 5)), rng.normal(size=(1, 5)))
+    clear = rng.random((length, 1)) < resets
+    params = lstm.init(jax.random.key(seed), hidden, x, clear)
+    last, whole = lstm.apply(params, hidden, x, clear)
+    ends = [*np.flatnonzero(clear), length]
+    pieces = [lstm.apply(params, hidden, x[: ends[0]], clear[: ends[0]])[1]] if ends[0] else []
+    for start, end in itertools.pairwise(ends):
+        zeros = jax.tree.map(jnp.zeros_like, hidden)
+        last_of_piece, piece = lstm.apply(params, zeros, x[start:end], jnp.zeros((end - start, 1), bool))
+        pieces.append(piece)
+    np.testing.assert_allclose(whole, jnp.concatenate(pieces), atol=1e-6)
+    if len(ends) > 1:
+        assert_equal(last, last_of_piece, atol=1e-6)
+
+
+def test_lstm_against_flax():
+    """flax's cell, with its parameters put together."""
+    import flax.linen as nn
+
+    x, zeros = jax.random.normal(jax.random.key(0), (9, 4, 3)), jnp.zeros((4, 5))
+    lstm = rnn.LSTM(5)
+    params = lstm.init(jax.random.key(1), (zeros, zeros), x, jnp.zeros((9, 4), bool))["params"]
+    params["Dense_0"]["bias"] += jax.random.normal(jax.random.key(2), (20,))
+    inputs = jnp.split(params["Dense_0"]["kernel"], 4, axis=1)
+    recurrent = zip(jnp.split(params["kernel"], 4, axis=1), jnp.split(params["Dense_0"]["bias"], 4), strict=True)
+    theirs = {f"i{gate}": {"kernel": kernel} for gate, kernel in zip("ifgo", inputs, strict=True)}
+    theirs |= {
+        f"h{gate}": {"kernel": kernel, "bias": bias} for gate, (kernel, bias) in zip("ifgo", recurrent, strict=True)
+    }
+    _, ours = lstm.apply({"params": params}, (zeros, zeros), x, jnp.zeros((9, 4), bool))
+    carry, cell = (zeros, zeros), nn.OptimizedLSTMCell(5)
+    for t in range(9):
+        carry, expected = cell.apply({"params": theirs}, carry, x[t])
+        np.testing.assert_allclose(ours[t], expected, atol=1e-5)
+
+
+def test_q_values_of_a_rollout_are_recomputed():
+    """A pass over a rollout, from the hidden state at its start, gives the values that acting step by step saw."""
+    config = dataclasses.replace(TINY, norm_input=False, num_steps=20)
+    reset, step, num_actions, _ = rnn.make_env(config, 4)
+    network = rnn.QNetwork(num_actions, config)
+    obs, env_state = reset(jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (2, 4, config.hidden_size))
+    first = hidden = hidden[0], hidden[1]
+    last_action, start = jnp.zeros(4, jnp.int32), jnp.array([True, False, True, False])
+    variables = network.init(jax.random.key(2), hidden, obs[None], last_action[None], start[None])
+    steps, values = [], []
+    for t in range(20):
+        steps.append((obs, last_action, start))
+        hidden, q = network.apply(variables, hidden, obs[None], last_action[None], start[None])
+        values.append(q[0])
+        last_action = jax.random.randint(jax.random.key(t), (4,), 0, num_actions)
+        obs, env_state, _, terminated, truncated, _ = step(jax.random.key(t), env_state, last_action)
+        start = terminated | truncated
+    rollout = [jnp.stack(x) for x in zip(*steps, strict=True)]
+    assert rollout[2][1:].any()
+    (_, again), _ = network.apply(variables, first, *rollout, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(again, jnp.stack(values), atol=1e-5)
+
+
+def test_without_memory_the_past_is_forgotten():
+    obs, action = jax.random.normal(jax.random.key(0), (2, 6, 1, 3)), jnp.zeros((6, 1), jnp.int32)
+    obs = obs.at[1, -1].set(obs[0, -1])  # two pasts, one present
+    zeros, start = jnp.zeros((1, TINY.hidden_size)), jnp.zeros((6, 1), bool)
+    for memory in (True, False):
+        network = rnn.QNetwork(2, dataclasses.replace(TINY, memory=memory, norm_input=False))
+        variables = network.init(jax.random.key(1), (zeros, zeros), obs[0], action, start)
+        last = [network.apply(variables, (zeros, zeros), past, action, start)[1][-1] for past in obs]
+        assert bool((last[0] == last[1]).all()) != memory
+
+
+@given(
+    batch=st.integers(2, 6),
+    updates=st.integers(1, 4),
+    first_steps=st.sampled_from([0, 998, 5000]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_batch_renorm(batch, updates, first_steps, seed):
+    """Against the paper's algorithm in NumPy, with bounds on both sides of what the data ask for."""
+    rng = np.random.default_rng(seed)
+    norm = rnn.BatchRenorm(momentum=0.9)
+    variables = norm.init(jax.random.key(0), jnp.zeros((1, 3)), True)
+    scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
+    variables = variables | {"params": {"scale": scale, "bias": bias}}
+    stats = {"mean": rng.normal(size=3).astype(np.float32), "var": rng.uniform(0.01, 9, 3).astype(np.float32)}
+    variables["batch_stats"] = stats | {"steps": jnp.int32(first_steps)}
+    mean, var = stats["mean"].astype(np.float64), stats["var"].astype(np.float64)
+    for update in range(updates):
+        x = (rng.normal(size=(4, batch, 3)) * [0.1, 1, 5] + [0, 20, 1]).astype(np.float32)
+        y, changed = norm.apply(variables, x, True, mutable=["batch_stats"])
+        variables = variables | changed
+        rows = x.reshape(-1, 3).astype(np.float64)
+        std, running_std = np.sqrt(rows.var(0) + 1e-3), np.sqrt(var + 1e-3)
+        warm = first_steps + update >= 1000
+        r = np.clip(std / running_std, 1 / 3, 3) if warm else 1
+        d = np.clip((rows.mean(0) - mean) / running_std, -5, 5) if warm else 0
+        expected = ((x - rows.mean(0)) / std * r + d) * scale + bias
+        np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
+        mean, var = 0.9 * mean + 0.1 * rows.mean(0), 0.9 * var + 0.1 * rows.var(0)
+    np.testing.assert_allclose(
+        norm.apply(variables, x, False), (x - mean) / np.sqrt(var + 1e-3) * scale + bias, rtol=1e-3, atol=1e-3
+    )
+    assert variables["batch_stats"]["steps"] == first_steps + updates
+
+
+@given(
+    num_steps=st.integers(2, 12),
+    seed=st.integers(0, 2**32 - 1),
+    ends=st.sampled_from([0.0, 0.2, 0.5]),
+    trace=st.floats(0, 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_rollout_targets(num_steps, seed, ends, trace):
+    """One step after the other; a step that a time limit cut has no target, and none before it sees beyond it."""
+    rng, gamma = np.random.default_rng(seed), 0.9
+    rewards, values = rng.normal(size=(2, num_steps, 1)).astype(np.float32)
+    terminated, truncated = rng.random((2, num_steps, 1)) < ends
+    truncated &= ~terminated
+    targets, counts = rnn.rollout_targets(*map(jnp.asarray, (rewards, values, terminated, truncated)), gamma, trace)
+    np.testing.assert_array_equal(counts, ~truncated[:-1])
+    for t in range(num_steps - 1):
+        if truncated[t]:
+            continue
+        mixed, weight, total, discount = 0.0, 1.0, 0.0, 1.0
+        for k in range(t, num_steps - 1):
+            total += discount * rewards[k, 0]
+            discount *= gamma
+            n_step = total + (0 if terminated[k] else discount * values[k + 1, 0])
+            if terminated[k] or truncated[k + 1] or k == num_steps - 2:
+                mixed += weight * n_step
+                break
+            mixed += weight * (1 - trace) * n_step
+            weight *= trace
+        np.testing.assert_allclose(targets[t, 0], mixed, atol=1e-4)
+
+
+def test_craftax():
+    """All episodes are cut after 3 steps: fresh worlds are shared as the ratio says, and achievements are counted."""
+    config = dataclasses.replace(TINY, env_id="Craftax-Classic-Symbolic-v1", env_params=("max_timesteps=3",))
+    config = dataclasses.replace(config, num_envs=8, reset_ratio=4, total_timesteps=8 * 16, eval_interval=0)
+    reset, step, num_actions, limit = rnn.make_env(config, 8)
+    obs, state = reset(jax.random.key(0))
+    assert num_actions == 17 and limit == 3 and len(np.unique(obs, axis=0)) == 8
+    step = jax.jit(step)
+    for t in range(3):
+        obs, state, _, terminated, truncated, info = step(jax.random.key(t), state, jnp.full(8, 6))
+        assert truncated.all() == (t == 2) and not (terminated & truncated).any()
+    assert len(np.unique(obs, axis=0)) == 2 and (state.env_state.timestep == 0).all()
+    np.testing.assert_array_equal(info["returned_episode_lengths"], 3)
+    np.testing.assert_array_equal((state.returns, state.lengths), 0)
+    _, metrics = jax.jit(rnn.make_train(config))(jax.random.key(0))
+    assert np.isfinite(metrics["losses/grad_norm"]).all()
+    np.testing.assert_array_equal(metrics["charts/episodic_length"], 3)
+    rates = {name: values for name, values in metrics.items() if name.startswith("achievements/")}
+    assert len(rates) == 22 and all((values >= 0).all() and (values <= 1).all() for values in rates.values())
+
+
+ENVS_OVER_DEVICES = """
+import sys, jax, numpy as np
+assert len(jax.devices()) == 2
+from pqn_rnn_craftax import main, parse_args
+run_dir = main(parse_args(sys.argv[1:]))
+print(run_dir)
+"""
+
+
+def test_environments_of_one_seed_over_two_devices(tmp_path):
+    """The same run on one device and, its environments shared, on two: the same up to the order of sums."""
+    from conftest import flags
+
+    tables = []
+    for number in (1, 2):
+        environ = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
+            "PYTHONPATH": str(ROOT),
+        }
+        program = ENVS_OVER_DEVICES.replace("== 2", f"== {number}")
+        arguments = [sys.executable, "-c", program, *flags("pqn_rnn_craftax"), "--runs-dir", str(number)]
+        done = subprocess.run(arguments, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"on {number} x cpu" in done.stdout
+        (csv,) = (tmp_path / str(number)).glob("*/metrics.csv")
+        tables.append(np.loadtxt(csv, delimiter=",", skiprows=1))
+    np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("params", ["memory_length", "no_such=1", "memory_length=long", "memory_length=[1]", "="])
+def test_bad_env_params(params):
+    with pytest.raises(ValueError, match="--env-params"):
+        rnn.make_env(dataclasses.replace(TINY, env_params=(params,)), 4)
