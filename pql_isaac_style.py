@@ -64,7 +64,7 @@ class Config:
     num_envs: int = 4096
     """Environments of a seed, stepped in parallel."""
     num_steps: int = 64
-    """Steps of each environment in an update; the metrics have a row for each."""
+    """Steps of each environment in an update, which is a row of the metrics."""
     resets_per_step: float = 1.0
     """Fresh episodes drawn in a step, as a fraction of num_envs; if more end in a step, some begin alike."""
 
@@ -83,7 +83,7 @@ class Config:
     n_steps: int = 3
     """Rewards in a target before it is bootstrapped."""
     reward_scale: float = 0.01
-    """Factor on the rewards that are learned from; reported returns are without it."""
+    """Factor on the rewards that are learned from; reported returns are without (the paper: ANYmal 1, Franka 0.1)."""
     critic_updates: int = 8
     """Critic updates for a step of all environments; the paper's beta_a:v is one to this."""
     policy_updates: int = 4
@@ -91,7 +91,7 @@ class Config:
     sync_every: int = 1
     """Steps of all environments between two exchanges of parameters, statistics and transitions."""
     buffer_size: int = 5_000_000
-    """Transitions in the replay of a seed, on the device."""
+    """Transitions in the replay of a seed, on the device; they go into every checkpoint."""
     batch_size: int = 8192
     """Transitions sampled for a gradient step."""
     warmup_steps: int = 32
@@ -127,7 +127,7 @@ class Config:
     runs_dir: str = "runs"
     """Folder for the folders of runs."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for as many as possible."""
+    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging; WANDB_ENTITY says for whom."""
     wandb_project: str = "pql"
@@ -166,7 +166,7 @@ class Config:
 
 
 class MLP(nn.Module):
-    """Dense, ELU layers: inputs [..., num_inputs] to [..., num_outputs], initialised as PyTorch does."""
+    """Dense, ELU layers: inputs [..., num_inputs] to [..., num_outputs], kernels initialised as PyTorch does."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
@@ -444,9 +444,10 @@ def make_train(config: Config):
     """PQL as a pure function train(key=None, state=None, num_updates=config.num_updates) -> (TrainState, metrics).
 
     It starts from a key, by train.init(key), or goes on from a state. metrics is a flat dict of arrays [num_updates]:
-    returns are NaN in an update that ended no episode, evaluations in one that had none. jit it, vmap it over keys, or
-    over floats of config.
-    To vmap over states, take the update number out of the batch: train(state=state._replace(update=states.update[0])).
+    returns are NaN in an update in which no episode ended, eval/* in one without an evaluation. jit it, vmap it over
+    keys, or over floats of config.
+    To vmap over states, take the update number out of the batch, or every update pays for an evaluation:
+    train(state=state._replace(update=states.update[0])).
     Raises ValueError as make_env does.
     """
     env = make_env(config.env_id, config.backend)
@@ -496,7 +497,7 @@ def make_train(config: Config):
         return TrainState(*learners, actor, replay, fresh, key, jnp.int32(0))
 
     def env_step(keys, physics, obs, action):
-        """A step, without reset; where physics fails, the observation stays, and nothing else of it is used."""
+        """A step, without reset; where physics fails, the observation stays, at reward 0: a cut to the learners."""
         physics, next_obs, reward, terminated = jax.vmap(env.step)(keys, physics, action)
         failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))  # NaN, or on the way there
         next_obs = jnp.where(failed[:, None], obs, next_obs)
@@ -616,7 +617,10 @@ def make_train(config: Config):
         return state, (v_losses | p_losses, sums)
 
     def sequential_cycle(state, filled, keys):
-        """Rounds of critic and policy updates, then steps of the environments, each with the newest of all."""
+        """Rounds of critic and policy updates, then steps of the environments, each with the newest of all.
+
+        As many updates as parallel_cycle does; the paper's DDPG(n) does as many of the policy as of the critic.
+        """
         rounds = math.gcd(critic_steps, policy_steps)
 
         def learn(learners, keys):
@@ -704,7 +708,10 @@ def make_train(config: Config):
 
         Actor, V-learner and P-learner each stay on their device, and what they exchange is put there after each cycle;
         nothing waits for the host. The replay is on the V-learner's device, its states on the P-learner's as well.
+        Raises ValueError for ddpg_n, in which each waits for the other.
         """
+        if config.algorithm == "ddpg_n":
+            raise ValueError("ddpg_n does one thing after the other: it has no use for several devices")
 
         def learn_v(replay, fresh, first_row, key, v_learner):
             replay, filled = insert(replay, fresh, first_row)
@@ -756,7 +763,7 @@ def fail(message: str) -> NoReturn:
 
 def parse_args(args: list[str]) -> Config:
     """tyro.cli, which here also takes 1e6 for an integer and --flag=False, and fails in one line."""
-    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.0f}", arg) for arg in args]
+    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
     args = [re.sub(r"^--([\w-]+)=(?i:(true)|false)$", lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", a) for a in args]
     errors = io.StringIO()
     try:
@@ -805,17 +812,19 @@ def plot_returns(path: Path, table: np.ma.MaskedArray, names: list[str], title: 
             axes.plot(steps, mean, label=name)
             axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
             summary.append(f"{name} {mean[-1]:.1f} ± {std[-1]:.1f}")
-    axes.legend()
+    if summary:
+        axes.legend()
     figure.savefig(path, dpi=150)
-    return ", ".join(summary)
+    return f"{', '.join(summary)} (mean ± standard deviation over seeds)" if summary else "no episode has ended"
 
 
 def check_memory(config: Config, replay: Transition) -> None:
     """Raises ValueError if the replays of all seeds take more than there is."""
     needed = config.num_seeds * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(replay)) / 2**30
+    num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
     stats = jax.local_devices()[0].memory_stats()
     if stats:
-        memory = stats["bytes_limit"] * jax.device_count() / 2**30
+        memory = stats["bytes_limit"] * num_devices / 2**30
     else:  # a CPU, where up to four copies stand beside each other while a checkpoint is written
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / 5
     if needed > memory:
@@ -829,27 +838,30 @@ def main(config: Config) -> Path:
     """Train num_seeds seeds over all devices, a chunk of updates at a time; returns the folder of the run."""
     run_dir = Path(config.runs_dir, f"{Path(__file__).stem}__{config.env_id}__{config.seed}__{time.time_ns() // 10**6}")
     try:
-        if config.resume:
+        if config.resume is not None:
             if config != Config(resume=config.resume):
                 raise ValueError("takes no other flags, the run keeps its own")
-            run_dir = Path(config.resume)
+            run_dir = Path(config.resume).resolve()
             config = Config(**json.loads((run_dir / "config.json").read_text()))
-        # On a CPU: a device a core, for seeds to run side by side; one thread each where a batch is small.
-        divisors = [n for n in range(1, 4 * os.cpu_count()) if config.num_seeds % n == 0]
-        num_devices = max(divisors, key=lambda n: (min(n, os.cpu_count()), -n))
-        os.environ.setdefault("NPROC", str(max(1, os.cpu_count() // num_devices) if config.batch_size >= 4096 else 1))
-        with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
-            jax.config.update("jax_num_cpu_devices", num_devices)
+    except (OSError, TypeError, ValueError) as error:
+        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}")
+    # On a CPU: seeds side by side, on the least number of devices that keeps all cores busy, or else the greatest; one
+    # thread (NPROC) each where a batch is small.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
+    os.environ.setdefault("NPROC", str(max(1, cores // num_devices) if config.batch_size >= 4096 else 1))
+    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    try:
         train = make_train(config)
         check_memory(config, jax.eval_shape(train.init, jax.random.key(0)).replay)
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}" if config.resume else str(error))
+    except ValueError as error:
+        fail(str(error))
 
     num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
     mesh = jax.sharding.Mesh(jax.devices()[:num_devices], ("seeds",))
     update_steps = config.steps_per_update * config.num_seeds
-    most = max(1, 2**16 // update_steps)
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)  # so all chunks are one program
 
     def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
         return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
@@ -862,29 +874,42 @@ def main(config: Config) -> Path:
         seeds = PartitionSpec("seeds")
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False), **options)
 
+    def put(new, old):
+        """The new array where the old one was, which goes first: two replays may not fit."""
+        new, sharding = new.reshape(old.shape), old.sharding  # reshape raises if the checkpoint is of other sizes
+        old.delete()
+        return jax.device_put(new, sharding)
+
     started = time.time()
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
     states = on_devices(lambda keys: over_seeds(train.init, keys))(keys)
     checkpoint, csv = run_dir / "checkpoint.msgpack", run_dir / "metrics.csv"
     if checkpoint.exists():
         try:
-            saved = serialization.from_bytes(states, checkpoint.read_bytes())
+            leaves = serialization.from_bytes(jax.tree.leaves(states), checkpoint.read_bytes())
+            saved = jax.tree.unflatten(jax.tree.structure(states), leaves)
             saved = saved._replace(key=jax.random.wrap_key_data(jnp.asarray(saved.key)))
-            states = jax.tree.map(lambda new, old: jax.device_put(new.reshape(old.shape), old.sharding), saved, states)
+            states = jax.tree.map(put, saved, states)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
+    first = done = int(states.update[0])
+    most = max(1, 2**16 // update_steps)  # about 65,536 steps between two looks at the host
+    # All chunks are of one size, so that one program runs them all.
+    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
     lowered = on_devices(proceed, donate_argnums=0).lower(states)
     run_chunk, names = lowered.compile(), sorted(lowered.out_info[1])
-    compile_seconds, started = time.time() - started, time.time()
+    compile_seconds = time.time() - started
 
-    first = done = int(states.update[0])
+    head = ",".join(["seed", *names])
+    rows = csv.read_text().splitlines() if csv.exists() else [head]
+    if rows[0] != head or len(rows) <= first * config.num_seeds:
+        fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
     run_dir.mkdir(parents=True, exist_ok=True)
     replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
-    rows = csv.read_text().splitlines()[1 : 1 + first * config.num_seeds] if first else []
-    replace(csv, "\n".join([",".join(["seed", *names]), *rows, ""]).encode())
+    replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())
     runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
     bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
-    saved_at, nan_seeds, stops, pending = time.time(), set(), [], []
+    nan_seeds, stops, pending = set(), [], []
 
     def record(number, metrics):
         """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
@@ -901,33 +926,33 @@ def main(config: Config) -> Path:
             bar.write(text, file=sys.stderr)
         for rows in np.ma.masked_invalid(table) if runs else []:
             means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
-            logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]
-            for run, log in zip(runs, logs[-len(runs) :], strict=True):
+            logs = [dict(zip(names, row, strict=True)) for row in rows if len(rows) <= 16]  # as start_wandb has runs
+            for run, log in zip(runs, [*logs, means][: len(runs)], strict=True):
                 run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
         mean_return = np.ma.filled(np.ma.masked_invalid(metrics["charts/episodic_return"]).mean(), np.nan)
         bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         bar.update(len(table) * update_steps)
 
-    def save_checkpoint():
-        host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
-        replace(checkpoint, serialization.to_bytes(host_states))
+    def stop(*_):
+        stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL))  # the next Ctrl-C does not wait for the updates
 
-    signal.signal(signal.SIGINT, lambda *_: stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    while done < config.num_updates and not stops:
+    handler = signal.signal(signal.SIGINT, stop)
+    saved_at = started = time.time()
+    is_last = done == config.num_updates
+    while not is_last:
         states, metrics = run_chunk(states)  # not waited for: the chunk before is recorded while this one runs
         pending.append((done, metrics))
         done += chunk_size
-        save_now = time.time() - saved_at >= config.checkpoint_interval
+        is_last = done == config.num_updates or len(stops) > 0
+        save_now = is_last or time.time() - saved_at >= config.checkpoint_interval
         while len(pending) > (0 if save_now else 1):
             record(*pending.pop(0))
         if save_now:
-            save_checkpoint()
+            host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+            replace(checkpoint, serialization.to_bytes(jax.tree.leaves(host_states)))  # flax knows no states of MuJoCo
             saved_at = time.time()
-    for chunk in pending:
-        record(*chunk)
-    bar.close()
     seconds = time.time() - started
-    save_checkpoint()
+    bar.close()
     replace(run_dir / "params.msgpack", serialization.to_bytes(jax.device_get(states.params)))
 
     table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
@@ -948,13 +973,12 @@ def main(config: Config) -> Path:
     for run in runs:
         run.finish()
     print(f"{title}: {done} of {config.num_updates} updates, {steps:,} environment steps a seed")
-    print(
-        f"{seconds:.1f} s, {metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, "
-        f"after {compile_seconds:.1f} s of compiling"
-    )
-    print(f"{summary} (mean ± standard deviation over seeds)\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    speed = f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}"
+    print(f"{seconds:.1f} s, {speed}, after {compile_seconds:.1f} s of compiling")
+    print(f"{summary}\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
     if done < config.num_updates:
         print(f"To go on: python {Path(__file__).name} --resume {run_dir}")
+    signal.signal(signal.SIGINT, handler)
     return run_dir
 
 

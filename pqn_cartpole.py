@@ -49,7 +49,7 @@ class Config:
     num_seeds: int = 1
     """Independent runs to train at once, spread over all devices."""
     total_timesteps: int = 500_000
-    """Environment steps of a seed, over all its environments."""
+    """Environment steps of a seed, over all its environments; rounded down to whole updates."""
     resume: str | None = None
     """Folder of a run to go on with from its last checkpoint; its configuration is read from there."""
 
@@ -99,7 +99,7 @@ class Config:
     runs_dir: str = "runs"
     """Folder for the folders of runs."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for as many as possible."""
+    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging; WANDB_ENTITY says for whom."""
     wandb_project: str = "pqn"
@@ -163,7 +163,7 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     truncated: jax.Array
-    info: dict[str, jax.Array]  # final_observation: where the step led, before any reset
+    info: dict[str, jax.Array]  # final_observation: where the step led, before any reset; returned_episode, ...
 
 
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
@@ -214,16 +214,18 @@ def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=config.num_updates) -> (TrainState, metrics).
 
     It starts from a key, by train.init(key), or goes on from a state. metrics is a flat dict of arrays [num_updates]:
-    returns are NaN in an update that ended no episode, evaluations in one that had none. jit it, vmap it over keys, or
-    over floats of config.
-    To vmap over states, take the update number out of the batch: train(state=state._replace(update=states.update[0])).
+    returns are NaN in an update in which no episode ended, eval/* in one without an evaluation. jit it, vmap it over
+    keys, or over floats of config.
+    To vmap over states, take the update number out of the batch, or every update pays for an evaluation:
+    train(state=state._replace(update=states.update[0])).
     Raises ValueError as make_env does.
     """
     env, env_params = make_env(config.env_id)
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
-    max_truncations = config.num_envs * min(1 + config.num_steps // env_params.max_steps_in_episode, config.num_steps)
+    # Time limits in a rollout, at most: as many final observations are evaluated for the targets.
+    max_truncations = config.num_envs * (1 + config.num_steps // int(env_params.max_steps_in_episode))
 
     def learning_rate(gradient_step):
         progress = gradient_step / (config.num_updates * config.num_gradient_steps)
@@ -244,16 +246,17 @@ def make_train(config: Config):
             obs, env_state = carry
             q = network.apply(state.variables, obs)
             action = epsilon_greedy(keys[0], q, epsilon)
-            next_obs, env_state, *outcome, info = env_step(keys[1:], env_state, action, env_params)
-            return (next_obs, env_state), Transition(obs, action, q.max(-1), *outcome, info)
+            next_obs, env_state, reward, terminated, truncated, info = env_step(keys[1:], env_state, action, env_params)
+            transition = Transition(obs, action, q.max(-1), reward, terminated, truncated, info)
+            return (next_obs, env_state), transition
 
         keys = jax.random.split(key, (config.num_steps, 1 + config.num_envs))
         (obs, env_state), rollout = jax.lax.scan(step, (state.obs, state.env_state), keys)
         return state._replace(obs=obs, env_state=env_state), rollout
 
     def targets(state, rollout):
-        # The value of where a step led is that of the next row, except where a time limit put a reset in between.
-        # These are few, so the network sees the final observations of those steps (and the last ones) alone.
+        # The value of where step t led is value[t + 1], known from the rollout, but for two cases: after a time limit
+        # the next row begins another episode, and the last row has none. There the network sees final_observation.
         final_observation = rollout.info["final_observation"]
         last_value = network.apply(state.variables, final_observation[-1:]).max(-1)
         next_values = jnp.concatenate([rollout.value[1:], last_value])
@@ -286,16 +289,16 @@ def make_train(config: Config):
         # The order that sorts random bits is a random permutation: one sort shuffles for all epochs.
         order = jax.random.bits(key, (config.num_epochs, config.batch_size)).argsort()
         carry = state.variables, state.opt_state
-        (variables, opt_state), losses = jax.lax.scan(
-            gradient_step, carry, order.reshape(config.num_gradient_steps, -1)
-        )
+        minibatches = order.reshape(config.num_gradient_steps, -1)
+        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
         return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
 
         def unfinished(carry):
-            return (carry[0] < env_params.max_steps_in_episode) & ~carry[-1].all()
+            t, *_, finished = carry
+            return (t < env_params.max_steps_in_episode) & ~finished.all()
 
         def step(carry):
             t, obs, env_state, returns, finished = carry
@@ -307,7 +310,8 @@ def make_train(config: Config):
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
         zeros = jnp.zeros(config.eval_episodes)
-        return jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))[3].mean()
+        *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
+        return returns.mean()
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
@@ -345,7 +349,7 @@ def fail(message: str) -> NoReturn:
 
 def parse_args(args: list[str]) -> Config:
     """tyro.cli, which here also takes 1e6 for an integer and --flag=False, and fails in one line."""
-    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.0f}", arg) for arg in args]
+    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
     args = [re.sub(r"^--([\w-]+)=(?i:(true)|false)$", lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", a) for a in args]
     errors = io.StringIO()
     try:
@@ -394,35 +398,39 @@ def plot_returns(path: Path, table: np.ma.MaskedArray, names: list[str], title: 
             axes.plot(steps, mean, label=name)
             axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
             summary.append(f"{name} {mean[-1]:.1f} ± {std[-1]:.1f}")
-    axes.legend()
+    if summary:
+        axes.legend()
     figure.savefig(path, dpi=150)
-    return ", ".join(summary)
+    return f"{', '.join(summary)} (mean ± standard deviation over seeds)" if summary else "no episode has ended"
 
 
 def main(config: Config) -> Path:
     """Train num_seeds seeds over all devices, a chunk of updates at a time; returns the folder of the run."""
     run_dir = Path(config.runs_dir, f"{Path(__file__).stem}__{config.env_id}__{config.seed}__{time.time_ns() // 10**6}")
     try:
-        if config.resume:
+        if config.resume is not None:
             if config != Config(resume=config.resume):
                 raise ValueError("takes no other flags, the run keeps its own")
-            run_dir = Path(config.resume)
+            run_dir = Path(config.resume).resolve()
             config = Config(**json.loads((run_dir / "config.json").read_text()))
-        # On a CPU: a device a core, for seeds to run side by side; one thread each where a batch is small.
-        divisors = [n for n in range(1, 4 * os.cpu_count()) if config.num_seeds % n == 0]
-        num_devices = max(divisors, key=lambda n: (min(n, os.cpu_count()), -n))
-        os.environ.setdefault("NPROC", str(max(1, os.cpu_count() // num_devices) if config.batch_size >= 4096 else 1))
-        with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
-            jax.config.update("jax_num_cpu_devices", num_devices)
-        train = make_train(config)
     except (OSError, TypeError, ValueError) as error:
-        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}" if config.resume else str(error))
+        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}")
+    # On a CPU: seeds side by side, on the least number of devices that keeps all cores busy, or else the greatest; one
+    # thread (NPROC) each where a batch is small.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
+    os.environ.setdefault("NPROC", str(max(1, cores // num_devices) if config.batch_size >= 4096 else 1))
+    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    try:
+        train = make_train(config)
+    except ValueError as error:
+        fail(str(error))
 
     num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
     mesh = jax.sharding.Mesh(jax.devices()[:num_devices], ("seeds",))
     update_steps = config.batch_size * config.num_seeds
-    most = max(1, 2**16 // update_steps)
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)  # so all chunks are one program
 
     def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
         return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
@@ -443,21 +451,28 @@ def main(config: Config) -> Path:
         try:
             saved = serialization.from_bytes(states, checkpoint.read_bytes())
             saved = saved._replace(key=jax.random.wrap_key_data(jnp.asarray(saved.key)))
+            # reshape raises if the checkpoint is of other sizes.
             states = jax.tree.map(lambda new, old: jax.device_put(new.reshape(old.shape), old.sharding), saved, states)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
+    first = done = int(states.update[0])
+    most = max(1, 2**16 // update_steps)  # about 65,536 steps between two looks at the host
+    # All chunks are of one size, so that one program runs them all.
+    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
     lowered = on_devices(proceed, donate_argnums=0).lower(states)
     run_chunk, names = lowered.compile(), sorted(lowered.out_info[1])
-    compile_seconds, started = time.time() - started, time.time()
+    compile_seconds = time.time() - started
 
-    first = done = int(states.update[0])
+    head = ",".join(["seed", *names])
+    rows = csv.read_text().splitlines() if csv.exists() else [head]
+    if rows[0] != head or len(rows) <= first * config.num_seeds:
+        fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
     run_dir.mkdir(parents=True, exist_ok=True)
     replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
-    rows = csv.read_text().splitlines()[1 : 1 + first * config.num_seeds] if first else []
-    replace(csv, "\n".join([",".join(["seed", *names]), *rows, ""]).encode())
+    replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())
     runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
     bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
-    saved_at, nan_seeds, stops, pending = time.time(), set(), [], []
+    nan_seeds, stops, pending = set(), [], []
 
     def record(number, metrics):
         """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
@@ -474,33 +489,33 @@ def main(config: Config) -> Path:
             bar.write(text, file=sys.stderr)
         for rows in np.ma.masked_invalid(table) if runs else []:
             means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
-            logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]
-            for run, log in zip(runs, logs[-len(runs) :], strict=True):
+            logs = [dict(zip(names, row, strict=True)) for row in rows if len(rows) <= 16]  # as start_wandb has runs
+            for run, log in zip(runs, [*logs, means][: len(runs)], strict=True):
                 run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
-        mean_return = np.ma.masked_invalid(metrics["charts/episodic_return"]).mean()
+        mean_return = np.ma.filled(np.ma.masked_invalid(metrics["charts/episodic_return"]).mean(), np.nan)
         bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         bar.update(len(table) * update_steps)
 
-    def save_checkpoint():
-        host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
-        replace(checkpoint, serialization.to_bytes(host_states))
+    def stop(*_):
+        stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL))  # the next Ctrl-C does not wait for the updates
 
-    signal.signal(signal.SIGINT, lambda *_: stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    while done < config.num_updates and not stops:
+    handler = signal.signal(signal.SIGINT, stop)
+    saved_at = started = time.time()
+    is_last = done == config.num_updates
+    while not is_last:
         states, metrics = run_chunk(states)  # not waited for: the chunk before is recorded while this one runs
         pending.append((done, metrics))
         done += chunk_size
-        save_now = time.time() - saved_at >= config.checkpoint_interval
+        is_last = done == config.num_updates or len(stops) > 0
+        save_now = is_last or time.time() - saved_at >= config.checkpoint_interval
         while len(pending) > (0 if save_now else 1):
             record(*pending.pop(0))
         if save_now:
-            save_checkpoint()
+            host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+            replace(checkpoint, serialization.to_bytes(host_states))
             saved_at = time.time()
-    for chunk in pending:
-        record(*chunk)
-    bar.close()
     seconds = time.time() - started
-    save_checkpoint()
+    bar.close()
     replace(run_dir / "params.msgpack", serialization.to_bytes(jax.device_get(states.variables)))
 
     table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
@@ -520,13 +535,12 @@ def main(config: Config) -> Path:
     for run in runs:
         run.finish()
     print(f"{title}: {done} of {config.num_updates} updates, {done * config.batch_size:,} environment steps a seed")
-    print(
-        f"{seconds:.1f} s, {metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, "
-        f"after {compile_seconds:.1f} s of compiling"
-    )
-    print(f"{summary} (mean ± standard deviation over seeds)\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    speed = f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}"
+    print(f"{seconds:.1f} s, {speed}, after {compile_seconds:.1f} s of compiling")
+    print(f"{summary}\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
     if done < config.num_updates:
         print(f"To go on: python {Path(__file__).name} --resume {run_dir}")
+    signal.signal(signal.SIGINT, handler)
     return run_dir
 
 

@@ -52,7 +52,7 @@ class Config:
     num_seeds: int = 1
     """Independent runs to train at once, spread over all devices."""
     total_timesteps: int = 1_000_000_000
-    """Environment steps of a seed, over all its environments."""
+    """Environment steps of a seed, over all its environments; rounded down to whole updates."""
     resume: str | None = None
     """Folder of a run to go on with from its last checkpoint; its configuration is read from there."""
 
@@ -112,7 +112,7 @@ class Config:
     runs_dir: str = "runs"
     """Folder for the folders of runs."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for as many as possible."""
+    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging; WANDB_ENTITY says for whom."""
     wandb_project: str = "pqn"
@@ -297,9 +297,10 @@ def rollout_targets(rewards, values, terminated, truncated, gamma, td_lambda) ->
     """Targets of all steps of a rollout but the last, and whether each counts, both [num_steps - 1, num_envs].
 
     Arrays are [num_steps, num_envs]; values[t] is max_a Q of the observation at t, so the next row has that of where
-    step t led. Not where a time limit cut: the next row begins another episode. Such a step does not count, and the
-    return of the step before it ends at its value.
+    step t led. Not where a time limit cut: the next row begins another episode. Such a step has no return and does not
+    count, so the return of the step before it ends at its value.
     """
+    truncated = truncated & ~terminated
     ends = truncated[:-1] | truncated[1:]
     returns = lambda_returns(rewards[:-1], values[1:], terminated[:-1], ends, gamma, td_lambda)
     return returns, ~truncated[:-1]
@@ -328,7 +329,7 @@ def change_params(params, changes: tuple[str, ...]):
     names = [field.name for field in dataclasses.fields(params)]
     for text in changes:
         name, _, number = text.partition("=")
-        if name not in names or not re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", number):
+        if name not in names or not re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?(e-?\d+)?", number):
             raise ValueError(f"--env-params is {text}; it takes name=number, with a name of {', '.join(names)}")
         params = params.replace(**{name: json.loads(number)})
     return params
@@ -406,12 +407,14 @@ def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=config.num_updates) -> (TrainState, metrics).
 
     It starts from a key, by train.init(key), or goes on from a state. metrics is a flat dict of arrays [num_updates]:
-    returns are NaN in an update that ended no episode, evaluations in one that had none. jit it, vmap it over keys, or
-    over floats of config.
-    To vmap over states, take the update number out of the batch: train(state=state._replace(update=states.update[0])).
+    returns are NaN in an update in which no episode ended, eval/* in one without an evaluation. jit it, vmap it over
+    keys, or over floats of config.
+    To vmap over states, take the update number out of the batch, or every update pays for an evaluation:
+    train(state=state._replace(update=states.update[0])).
     Raises ValueError as make_env does.
     """
     env_reset, env_step, num_actions, _ = make_env(config, config.num_envs)
+    eval_env = make_env(config, config.eval_episodes) if config.eval_interval else None
     network = QNetwork(num_actions, config)
 
     def blank(num_envs):
@@ -448,6 +451,7 @@ def make_train(config: Config):
             next_obs, env_state, reward, terminated, truncated, info = env_step(keys[1], env_state, action)
             transition = Transition(obs, memory.last_action, memory.start, action, reward, terminated, truncated)
             info = {name: value for name, value in info.items() if name.startswith(("returned", "Achievements"))}
+            # As in PureJaxQL, an episode begins with the last action of the one before.
             return (next_obs, Memory(hidden, action, terminated | truncated), env_state), (transition, info)
 
         keys = jax.random.split(key, (config.num_steps, 2))
@@ -472,15 +476,16 @@ def make_train(config: Config):
         values = jax.lax.stop_gradient(q.max(-1))
         target, weight = rollout_targets(rewards, values, terminated, truncated, config.gamma, config.td_lambda)
         q_taken = jnp.take_along_axis(q[:-1], rollout.action[:-1, :, None], axis=-1)[..., 0]
-        return 0.5 * (weight * jnp.square(q_taken - target)).sum() / weight.sum(), (q_taken.mean(), updated)
+        squares = (weight * jnp.square(q_taken - target)).sum() / jnp.maximum(weight.sum(), 1)
+        return 0.5 * squares, (q_taken.mean(), updated)
 
     def learn(state, hidden, rollout, key):
         def gradient_step(carry, index):
             variables, opt_state = carry
             minibatch = jax.tree.map(lambda x: x[:, index], rollout)
-            start = jax.tree.map(lambda x: x[index], hidden)
+            initial = jax.tree.map(lambda x: x[index], hidden)
             grad = jax.value_and_grad(loss, has_aux=True)
-            (td_loss, (q, updated)), grads = grad(variables["params"], variables, start, minibatch)
+            (td_loss, (q, updated)), grads = grad(variables["params"], variables, initial, minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
             variables = variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
@@ -496,7 +501,7 @@ def make_train(config: Config):
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end, or to eval_steps."""
-        reset, env_step, _, max_steps = make_env(config, config.eval_episodes)
+        reset, env_step, _, max_steps = eval_env
 
         def unfinished(carry):
             return (carry[0] < min(max_steps, config.eval_steps)) & ~carry[-1].all()
@@ -538,9 +543,7 @@ def make_train(config: Config):
             "charts/learning_rate": learning_rate(number * config.num_gradient_steps),
         }
         for name in info:
-            if name.startswith(
-                "Achievements/"
-            ):  # Craftax gives 100 for an achievement, in the step that ends an episode
+            if name.startswith("Achievements/"):  # 100 for one that was unlocked, in the step that ends an episode
                 metrics[name.replace("Achievements", "achievements")] = mean_of_ended(info[name]) / 100
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
@@ -562,7 +565,7 @@ def fail(message: str) -> NoReturn:
 
 def parse_args(args: list[str]) -> Config:
     """tyro.cli, which here also takes 1e6 for an integer and --flag=False, and fails in one line."""
-    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.0f}", arg) for arg in args]
+    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
     args = [re.sub(r"^--([\w-]+)=(?i:(true)|false)$", lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", a) for a in args]
     errors = io.StringIO()
     try:
@@ -611,29 +614,35 @@ def plot_returns(path: Path, table: np.ma.MaskedArray, names: list[str], title: 
             axes.plot(steps, mean, label=name)
             axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
             summary.append(f"{name} {mean[-1]:.1f} ± {std[-1]:.1f}")
-    axes.legend()
+    if summary:
+        axes.legend()
     figure.savefig(path, dpi=150)
-    return ", ".join(summary)
+    return f"{', '.join(summary)} (mean ± standard deviation over seeds)" if summary else "no episode has ended"
 
 
 def main(config: Config) -> Path:
     """Train num_seeds seeds over all devices, a chunk of updates at a time; returns the folder of the run."""
     run_dir = Path(config.runs_dir, f"{Path(__file__).stem}__{config.env_id}__{config.seed}__{time.time_ns() // 10**6}")
     try:
-        if config.resume:
+        if config.resume is not None:
             if config != Config(resume=config.resume):
                 raise ValueError("takes no other flags, the run keeps its own")
-            run_dir = Path(config.resume)
+            run_dir = Path(config.resume).resolve()
             config = Config(**json.loads((run_dir / "config.json").read_text()))
-        # On a CPU: a device a core, for seeds to run side by side; one thread each where a batch is small.
-        divisors = [n for n in range(1, 4 * os.cpu_count()) if config.num_seeds % n == 0]
-        num_devices = max(divisors, key=lambda n: (min(n, os.cpu_count()), -n))
-        os.environ.setdefault("NPROC", str(max(1, os.cpu_count() // num_devices) if config.batch_size >= 4096 else 1))
-        with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
-            jax.config.update("jax_num_cpu_devices", num_devices)
-        train = make_train(config)
     except (OSError, TypeError, ValueError) as error:
-        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}" if config.resume else str(error))
+        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}")
+    # On a CPU: seeds side by side, on the least number of devices that keeps all cores busy, or else the greatest; one
+    # thread (NPROC) each where a batch is small.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
+    os.environ.setdefault("NPROC", str(max(1, cores // num_devices) if config.batch_size >= 4096 else 1))
+    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    try:
+        train = make_train(config)
+    except ValueError as error:
+        fail(str(error))
 
     num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
     # Devices that the seeds leave over share the environments of each.
@@ -645,8 +654,6 @@ def main(config: Config) -> Path:
         *[by_env if name in ("env_state", "obs", "memory") else by_seed for name in TrainState._fields]
     )
     update_steps = config.batch_size * config.num_seeds
-    most = max(1, 2**16 // update_steps)
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)  # so all chunks are one program
 
     def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
         return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
@@ -674,21 +681,28 @@ def main(config: Config) -> Path:
         try:
             saved = serialization.from_bytes(states, checkpoint.read_bytes())
             saved = jax.tree.map(lambda x, old: wrap(x) if is_key(old) else x, saved, states)
+            # reshape raises if the checkpoint is of other sizes.
             states = jax.tree.map(lambda new, old: jax.device_put(new.reshape(old.shape), old.sharding), saved, states)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
+    first = done = int(states.update[0])
+    most = max(1, 2**16 // update_steps)  # about 65,536 steps between two looks at the host
+    # All chunks are of one size, so that one program runs them all.
+    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
     lowered = on_devices(proceed, (of_states, by_seed), donate_argnums=0).lower(states)
     run_chunk, names = lowered.compile(), sorted(lowered.out_info[1])
-    compile_seconds, started = time.time() - started, time.time()
+    compile_seconds = time.time() - started
 
-    first = done = int(states.update[0])
+    head = ",".join(["seed", *names])
+    rows = csv.read_text().splitlines() if csv.exists() else [head]
+    if rows[0] != head or len(rows) <= first * config.num_seeds:
+        fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
     run_dir.mkdir(parents=True, exist_ok=True)
     replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
-    rows = csv.read_text().splitlines()[1 : 1 + first * config.num_seeds] if first else []
-    replace(csv, "\n".join([",".join(["seed", *names]), *rows, ""]).encode())
+    replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())
     runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
     bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
-    saved_at, nan_seeds, stops, pending = time.time(), set(), [], []
+    nan_seeds, stops, pending = set(), [], []
 
     def record(number, metrics):
         """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
@@ -705,33 +719,33 @@ def main(config: Config) -> Path:
             bar.write(text, file=sys.stderr)
         for rows in np.ma.masked_invalid(table) if runs else []:
             means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
-            logs = [*(dict(zip(names, row, strict=True)) for row in rows), means]
-            for run, log in zip(runs, logs[-len(runs) :], strict=True):
+            logs = [dict(zip(names, row, strict=True)) for row in rows if len(rows) <= 16]  # as start_wandb has runs
+            for run, log in zip(runs, [*logs, means][: len(runs)], strict=True):
                 run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
-        mean_return = np.ma.masked_invalid(metrics["charts/episodic_return"]).mean()
+        mean_return = np.ma.filled(np.ma.masked_invalid(metrics["charts/episodic_return"]).mean(), np.nan)
         bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         bar.update(len(table) * update_steps)
 
-    def save_checkpoint():
-        host_states = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, states))
-        replace(checkpoint, serialization.to_bytes(host_states))
+    def stop(*_):
+        stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL))  # the next Ctrl-C does not wait for the updates
 
-    signal.signal(signal.SIGINT, lambda *_: stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    while done < config.num_updates and not stops:
+    handler = signal.signal(signal.SIGINT, stop)
+    saved_at = started = time.time()
+    is_last = done == config.num_updates
+    while not is_last:
         states, metrics = run_chunk(states)  # not waited for: the chunk before is recorded while this one runs
         pending.append((done, metrics))
         done += chunk_size
-        save_now = time.time() - saved_at >= config.checkpoint_interval
+        is_last = done == config.num_updates or len(stops) > 0
+        save_now = is_last or time.time() - saved_at >= config.checkpoint_interval
         while len(pending) > (0 if save_now else 1):
             record(*pending.pop(0))
         if save_now:
-            save_checkpoint()
+            host_states = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, states))
+            replace(checkpoint, serialization.to_bytes(host_states))
             saved_at = time.time()
-    for chunk in pending:
-        record(*chunk)
-    bar.close()
     seconds = time.time() - started
-    save_checkpoint()
+    bar.close()
     replace(run_dir / "params.msgpack", serialization.to_bytes(jax.device_get(states.variables)))
 
     table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
@@ -742,7 +756,7 @@ def main(config: Config) -> Path:
         "compile_seconds": compile_seconds,
         "run_seconds": seconds,
         "steps_per_second": (done - first) * update_steps / seconds,
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "numpy")},
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "craftax", "numpy")},
     }
     with contextlib.suppress(OSError):  # no git here
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -751,13 +765,12 @@ def main(config: Config) -> Path:
     for run in runs:
         run.finish()
     print(f"{title}: {done} of {config.num_updates} updates, {done * config.batch_size:,} environment steps a seed")
-    print(
-        f"{seconds:.1f} s, {metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, "
-        f"after {compile_seconds:.1f} s of compiling"
-    )
-    print(f"{summary} (mean ± standard deviation over seeds)\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    speed = f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}"
+    print(f"{seconds:.1f} s, {speed}, after {compile_seconds:.1f} s of compiling")
+    print(f"{summary}\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
     if done < config.num_updates:
         print(f"To go on: python {Path(__file__).name} --resume {run_dir}")
+    signal.signal(signal.SIGINT, handler)
     return run_dir
 
 

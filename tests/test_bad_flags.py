@@ -75,3 +75,8 @@ def test_resume_of_a_broken_configuration(command, text):
     process = command("--resume=run", tiny=False)
     _, errors = process.communicate()
     assert process.returncode == 2 and "--resume is run" in errors and len(errors.splitlines()) == 1
+
+
+def test_scientific_notation(script):
+    config = script.parse_args(["--total-timesteps", "1e7", "--checkpoint-interval=1.25e1", "--eval-interval=2e1"])
+    assert (config.total_timesteps, config.checkpoint_interval, config.eval_interval) == (10_000_000, 12.5, 20)

@@ -143,18 +143,18 @@ def test_rollout_targets(num_steps, seed, ends, trace):
     rng, gamma = np.random.default_rng(seed), 0.9
     rewards, values = rng.normal(size=(2, num_steps, 1)).astype(np.float32)
     terminated, truncated = rng.random((2, num_steps, 1)) < ends
-    truncated &= ~terminated
+    cut = truncated & ~terminated
     targets, counts = rnn.rollout_targets(*map(jnp.asarray, (rewards, values, terminated, truncated)), gamma, trace)
-    np.testing.assert_array_equal(counts, ~truncated[:-1])
+    np.testing.assert_array_equal(counts, ~cut[:-1])
     for t in range(num_steps - 1):
-        if truncated[t]:
+        if cut[t]:
             continue
         mixed, weight, total, discount = 0.0, 1.0, 0.0, 1.0
         for k in range(t, num_steps - 1):
             total += discount * rewards[k, 0]
             discount *= gamma
             n_step = total + (0 if terminated[k] else discount * values[k + 1, 0])
-            if terminated[k] or truncated[k + 1] or k == num_steps - 2:
+            if terminated[k] or cut[k + 1] or k == num_steps - 2:
                 mixed += weight * n_step
                 break
             mixed += weight * (1 - trace) * n_step

@@ -13,6 +13,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from conftest import ROOT, SCRIPTS, only, warmup
 from flax import serialization
 
@@ -132,6 +133,18 @@ def test_unreadable_checkpoint(command):
         assert "--resume" in errors and "checkpoint.msgpack" in errors and len(errors.splitlines()) == 1
 
 
+def test_metrics_of_other_columns(command):
+    finish(command())
+    file = run_folder(command) / "metrics.csv"
+    head, *rows = file.read_text().splitlines()
+    for damaged in ([head + ",losses/other", *rows], [head, *rows[:-1]]):
+        file.write_text("\n".join(damaged))
+        process = command(f"--resume={run_folder(command)}", tiny=False)
+        _, errors = process.communicate()
+        assert process.returncode == 2
+        assert "--resume" in errors and "metrics.csv" in errors and len(errors.splitlines()) == 1
+
+
 DIVERGING = {
     "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
     "pqn_minatar": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
@@ -197,6 +210,15 @@ def test_wandb_offline(command):
         np.testing.assert_allclose(logged, known, rtol=1e-5)
         assert sum("eval/episodic_return" in item for item in runs[f"seed-{seed}"]) == 3
     assert len(runs["mean"]) == 12 and "losses/grad_norm_std" in runs["mean"][-1]
+
+
+@pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
+def test_wandb_of_one_seed(command):
+    finish(command("--wandb-mode=offline"))
+    (path,) = run_folder(command).glob("wandb/offline-run-*/run-*.wandb")
+    name, _, _, history = wandb_history(path)
+    assert name == "seed-0" and len(history) == 12
+    assert not [key for item in history for key in item if key.endswith("_std")]
 
 
 @only("replay_insert")

@@ -162,7 +162,7 @@ def test_no_callback(script, config):
 
 ENVIRONMENTS = [
     "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite", "UmbrellaChain-bsuite",
-    "DiscountingChain-bsuite", "Breakout-MinAtar", "FourRooms-misc", "MetaMaze-misc",
+    "DiscountingChain-bsuite", "BernoulliBandit-misc", "Breakout-MinAtar", "FourRooms-misc", "MetaMaze-misc",
     "MountainCarContinuous-v0", "Reacher-misc",
 ]  # fmt: skip
 GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"]
