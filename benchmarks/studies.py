@@ -51,6 +51,7 @@ PENDULUM = (
     "pql_isaac_style --env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 "
     "--learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5"
 )
+SHORT_PENDULUM = f"{PENDULUM} --total-timesteps 5e4 --eval-interval 1"
 ANT = (
     "pql_isaac_style --env-id ant --num-envs 128 --num-steps 64 --batch-size 512 --hidden-sizes 256 128 "
     "--buffer-size 1000000 --reward-scale 0.1 --eval-interval 5 --eval-episodes 16 --total-timesteps 250000"
@@ -105,23 +106,33 @@ STUDIES = {
     f'--curves "LSTM={MEMORY}" "without its memory={MEMORY} --no-memory"',
     "craftax_classic": "curves.py --num-seeds 2 --metric charts/episodic_return --title Craftax-Classic-Symbolic-v1 "
     f'--curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX} --total-timesteps 1e6"',
+    "craftax_shares": "shares.py pqn_rnn_craftax --flags "
+    + " ".join(
+        f"""'{{"env_id": "Craftax-Classic-Symbolic-v1", "num_envs": 64, "num_steps": 32, "hidden_size": 128, """
+        f""""reset_ratio": {ratio}}}'"""
+        for ratio in (16, 1)
+    ),
     "craftax_speed": f'speed.py pqn_rnn_craftax --flags="{SMALL_CRAFTAX} --total-timesteps 65536" '
     f'--peer "PureJaxQL=$PUREJAXQL {PURE_CRAFTAX}"',
-    "pql_pendulum": f'curves.py --line=-200 --x steps seconds --title Pendulum-v1 --curves "PQL={PENDULUM}" '
+    "pql_pendulum": f'curves.py --line=-200 --title Pendulum-v1 --curves "PQL={PENDULUM}" '
     f'"PQL-D={PENDULUM} --algorithm pql_d --reward-scale 0.01" "DDPG(n)={PENDULUM} --algorithm ddpg_n"',
-    "pql_exploration": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "mixed={PENDULUM}" '
-    + " ".join(f'"{s}={PENDULUM} --stddev-min {s} --stddev-max {s}"' for s in (0.2, 0.4, 0.6, 0.8)),
-    "pql_beta_pv": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:1={PENDULUM} '
-    f'--policy-updates 8" "1:2={PENDULUM}" "1:4={PENDULUM} --policy-updates 2"',
-    "pql_beta_av": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:4={PENDULUM} '
-    f'--critic-updates 4 --policy-updates 2" "1:8={PENDULUM}" "1:12={PENDULUM} --critic-updates 12 --policy-updates 6"',
+    "pql_exploration": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "mixed={SHORT_PENDULUM}" '
+    + " ".join(f'"{s}={SHORT_PENDULUM} --stddev-min {s} --stddev-max {s}"' for s in (0.2, 0.4, 0.6, 0.8)),
+    "pql_beta_pv": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:1={SHORT_PENDULUM} '
+    f'--policy-updates 8" "1:2={SHORT_PENDULUM}" "1:4={SHORT_PENDULUM} --policy-updates 2"',
+    "pql_beta_av": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:4={SHORT_PENDULUM} '
+    f'--critic-updates 4 --policy-updates 2" "1:8={SHORT_PENDULUM}" '
+    f'"1:12={SHORT_PENDULUM} --critic-updates 12 --policy-updates 6"',
     "pql_num_envs": "curves.py --num-seeds 4 --line=-200 --x steps seconds --title Pendulum-v1 --curves "
     + " ".join(
-        f'"{n} environments={PENDULUM} --num-envs {n} --warmup-steps {4096 // n}"' for n in (64, 128, 512, 1024)
+        f'"{n} environments={PENDULUM} --num-envs {n} --num-steps {4096 // n} --warmup-steps {4096 // n}"'
+        for n in (64, 128, 512, 1024)
     ),
     "pql_ant": f'curves.py --num-seeds 3 --x steps seconds --title ant --curves "PQL={ANT}" '
     f'"DDPG(n)={ANT} --algorithm ddpg_n" --peer "PPO of brax=python benchmarks/peer_brax_ppo.py --num-seeds 3 '
     '--total-timesteps 1000000"',
+    "pql_shares": "shares.py pql_isaac_style --learner critic_updates policy_updates --flags "
+    """'{"env_id": "ant", "num_envs": 128, "batch_size": 512, "hidden_sizes": [256, 128], "buffer_size": 1000000}'""",
     "throughput": "throughput.py pqn_cartpole ppo_cartpole",
     "ppo_seeds": "seeds.py ppo_cartpole "
     '--peer "CleanRL=$CLEANRL benchmarks/peer_cleanrl.py $CLEANRL_PPO --total-timesteps 100000"',
