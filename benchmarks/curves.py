@@ -39,6 +39,16 @@ def read_returns(run_dir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return steps[known], returns[:, known]
 
 
+def read_achievements(run_dir: Path) -> dict[str, float]:
+    """Share of the episodes in the last tenth of a Craftax run that unlocked each achievement, where any did."""
+    with (run_dir / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if float(row["global_step"]) > 0.9 * float(rows[-1]["global_step"])]
+    names = [name for name in rows[0] if name.startswith("achievements/")]
+    shares = {name: float(np.nanmean([float(row[name]) for row in rows])) for name in names}
+    return {name: round(share, 4) for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0}
+
+
 def run_curve(command: str, num_seeds: int, metric: str, x: str) -> dict:
     """Run "script flags" and read its curve; for x in seconds, a seed is run alone, too, without evaluation."""
     script, *flags = shlex.split(command)
@@ -46,7 +56,9 @@ def run_curve(command: str, num_seeds: int, metric: str, x: str) -> dict:
         run_dir, _ = run_script(script, ["--num-seeds", str(num_seeds), *flags], Path(folder))
         steps, returns = read_returns(run_dir, metric)
         num_envs = json.loads((run_dir / "config.json").read_text())["num_envs"]
+        achievements = read_achievements(run_dir)
     curve = {"command": command, "global_step": steps.tolist(), "num_envs": num_envs, "returns": returns.tolist()}
+    curve |= {"achievements": achievements} if achievements else {}
     if x == "seconds":
         with tempfile.TemporaryDirectory() as folder:
             _, alone = run_script(script, [*flags, "--eval-interval", "0"], Path(folder))

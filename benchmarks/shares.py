@@ -100,7 +100,7 @@ def main(
     /,
     name: str,
     learner: tuple[str, ...] = ("num_epochs",),
-    flags: tuple[str, ...] = ("{}",),
+    rows: tuple[str, ...] = ("defaults={}",),
     repeats: int = 7,
 ) -> None:
     """Measure the parts of an update.
@@ -109,17 +109,18 @@ def main(
         script: Name of the script, without .py.
         name: What the study is called in the name of its file.
         learner: Fields of Config that say how often the learner does something.
-        flags: Further fields of Config, as JSON, for each row.
+        rows: "label=further fields of Config, as JSON", for each row.
         repeats: Timed updates of each program.
     """
-    rows = []
-    for text in flags:
-        row = measure(script, json.loads(text), learner, repeats)
-        rows.append(row)
+    measured = []
+    for text in rows:
+        label, _, flags = text.partition("=")
+        row = {"label": label} | measure(script, json.loads(flags), learner, repeats)
+        measured.append(row)
         parts = ", ".join(f"{part} {ms:.0f} ms ({ms / row['update']:.0%})" for part, ms in row["parts"].items())
-        print(f"{text}: update {row['update']:.0f} ms, {row['steps_per_second']:,.0f} steps/s: {parts}", flush=True)
+        print(f"{label}: update {row['update']:.0f} ms, {row['steps_per_second']:,.0f} steps/s: {parts}", flush=True)
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.write_text(json.dumps({"script": script, **describe_machine(), "rows": rows}, indent=2))
+    path.write_text(json.dumps({"script": script, **describe_machine(), "rows": measured}, indent=2))
 
 
 if __name__ == "__main__":

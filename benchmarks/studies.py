@@ -35,7 +35,10 @@ PUREJAXRL_MINATAR = (
 )
 GAMES = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 SAME_GAMES = ("Asterix", "Breakout", "Freeway")  # in the gymnax that PureJaxQL takes and in ours
-PUREJAXQL_MINATAR = "benchmarks/peer_purejaxql.py --num-seeds 3 --evaluate --total-timesteps 1000000"
+PUREJAXQL_MINATAR = (
+    "benchmarks/peer_purejaxql.py --num-seeds 3 --evaluate --total-timesteps 1000000 --set TEST_NUM_ENVS=32 "
+    "TEST_INTERVAL=0.25"
+)
 NUM_ENVS = (1, 32, 128, 512, 1024, 2048)
 MEMORY = (
     "pqn_rnn_craftax --env-id MemoryChain-bsuite --env-params memory_length=100 --num-envs 32 --num-minibatches 16 "
@@ -106,11 +109,14 @@ STUDIES = {
     f'--curves "LSTM={MEMORY}" "without its memory={MEMORY} --no-memory"',
     "craftax_classic": "curves.py --num-seeds 2 --metric charts/episodic_return --title Craftax-Classic-Symbolic-v1 "
     f'--curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX} --total-timesteps 1e6"',
-    "craftax_shares": "shares.py pqn_rnn_craftax --flags "
+    "craftax_achievements": "curves.py --num-seeds 1 --metric charts/episodic_return "
+    f'--title Craftax-Classic-Symbolic-v1 --curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX} '
+    f'--total-timesteps 5e5" "random actions=pqn_rnn_craftax {SMALL_CRAFTAX} --total-timesteps 1e5 --epsilon-finish 1"',
+    "craftax_shares": "shares.py pqn_rnn_craftax --rows "
     + " ".join(
-        f"""'{{"env_id": "Craftax-Classic-Symbolic-v1", "num_envs": 64, "num_steps": 32, "hidden_size": 128, """
+        f"""'{label}={{"env_id": "Craftax-Classic-Symbolic-v1", "num_envs": 64, "num_steps": 32, "hidden_size": 128, """
         f""""reset_ratio": {ratio}}}'"""
-        for ratio in (16, 1)
+        for label, ratio in (("a world for 16 environments", 16), ("a world for each", 1))
     ),
     "craftax_speed": f'speed.py pqn_rnn_craftax --flags="{SMALL_CRAFTAX} --total-timesteps 65536" '
     f'--peer "PureJaxQL=$PUREJAXQL {PURE_CRAFTAX}"',
@@ -131,8 +137,15 @@ STUDIES = {
     "pql_ant": f'curves.py --num-seeds 3 --x steps seconds --title ant --curves "PQL={ANT}" '
     f'"DDPG(n)={ANT} --algorithm ddpg_n" --peer "PPO of brax=python benchmarks/peer_brax_ppo.py --num-seeds 3 '
     '--total-timesteps 1000000"',
-    "pql_shares": "shares.py pql_isaac_style --learner critic_updates policy_updates --flags "
-    """'{"env_id": "ant", "num_envs": 128, "batch_size": 512, "hidden_sizes": [256, 128], "buffer_size": 1000000}'""",
+    "pql_shares": "shares.py pql_isaac_style --learner critic_updates policy_updates --rows "
+    """'ant={"env_id": "ant", "num_envs": 128, "batch_size": 512, "hidden_sizes": [256, 128], """
+    """"buffer_size": 1000000}'""",
+    **{
+        f"pql_throughput{suffix}": "throughput.py pql_isaac_style --num-envs 64 512 4096 --steps-per-env 160 --flags "
+        """'{"env_id": "Pendulum-v1", "num_steps": 32, "batch_size": 512, "hidden_sizes": [128, 128], """
+        f""""buffer_size": 200000, "eval_episodes": 16{algorithm}}}'"""
+        for suffix, algorithm in (("", ""), ("_ddpg_n", ', "algorithm": "ddpg_n"'))
+    },
     "throughput": "throughput.py pqn_cartpole ppo_cartpole",
     "ppo_seeds": "seeds.py ppo_cartpole "
     '--peer "CleanRL=$CLEANRL benchmarks/peer_cleanrl.py $CLEANRL_PPO --total-timesteps 100000"',

@@ -39,6 +39,17 @@ def returns(*patterns: str) -> str:
     return markdown(["study", "environment steps", "seeds", "return", "lowest seed"], rows)
 
 
+def achievements(*patterns: str) -> str:
+    """Share of episodes that unlocked each achievement, in the last tenth of the runs."""
+    (study,) = load(*patterns).values()
+    shares = [curve["achievements"] for curve in study["curves"].values()]
+    names = sorted({name for share in shares for name in share}, key=lambda name: -shares[0].get(name, 0))
+    rows = [
+        [name.split("/")[1].replace("_", " "), *(f"{share.get(name, 0):.1%}" for share in shares)] for name in names
+    ]
+    return markdown(["achievement", *study["curves"]], rows)
+
+
 def speeds(*patterns: str) -> str:
     """Steps per second of scripts and peers, medians of runs in turns."""
     rows = []
@@ -62,9 +73,22 @@ def throughput(*patterns: str) -> str:
             cells = [f"{row['num_envs']:,}", f"{row['env_steps_per_second']:,.0f}"]
             cells += [f"{row['gradient_steps_per_second']:,.0f}", f"{np.median(row['run_seconds']):.2f}"]
             cells += [f"{row['compile_seconds']:.1f}", f"{row['peak_memory_gib']:.2f}", f"{row['final_return'][0]:.0f}"]
-            rows.append([row["script"], *cells])
+            algorithm = study["flags"].get("algorithm")
+            rows.append([row["script"] + (f", {algorithm}" if algorithm else ""), *cells])
     head = ["script", "environments", "steps/s", "gradient steps/s", "run, s", "compile, s", "memory, GiB", "return"]
     return markdown(head, rows)
+
+
+def shares(*patterns: str) -> str:
+    """Where the time of an update goes; the environments and the sampling are measured alone."""
+    names = {"num_epochs": "learner", "critic_updates": "critic", "policy_updates": "policy"}
+    rows = []
+    for name, study in load(*patterns).items():
+        for row in study["rows"]:
+            parts = [f"{names.get(part, part)} {ms / row['update']:.0%}" for part, ms in row["parts"].items()]
+            cells = [f"{row['steps_per_second']:,.0f}", f"{row['update']:.0f}", ", ".join(parts)]
+            rows.append([f"`{name}`: {row['label']}", *cells])
+    return markdown(["study", "steps/s", "an update, ms", "of it"], rows)
 
 
 def seeds(*patterns: str) -> str:
