@@ -66,7 +66,7 @@ class Config:
     num_steps: int = 64
     """Steps of each environment in an update, which is a row of the metrics."""
     resets_per_step: float = 1.0
-    """Fresh episodes drawn in a step, as a fraction of num_envs; if more end in a step, some begin alike."""
+    """First states drawn in a step, as a fraction of num_envs; if more episodes end in a step, some begin alike."""
 
     algorithm: Literal["pql", "pql_d", "ddpg_n"] = "pql"
     """pql; pql_d, which learns distributions of returns; ddpg_n, which does one thing after the other, without lag."""
@@ -460,7 +460,9 @@ def make_train(config: Config):
     num_rows = config.buffer_size // config.num_envs
     num_cycles = config.num_steps // config.sync_every
     critic_steps, policy_steps = (config.sync_every * n for n in (config.critic_updates, config.policy_updates))
-    rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every  # in the replay before the first cycle
+    # In the replay before the first cycle: the last n_steps - 1 steps of the warm-up are not over, and sync_every
+    # transitions wait, as after every cycle. By default 32 - 2 - 1 = 29 rows.
+    rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every
 
     def make_optimizer(gradient_steps):
         def learning_rate(gradient_step):
@@ -518,7 +520,7 @@ def make_train(config: Config):
             row = Step(actor.obs, action, reward, next_obs, terminated, truncated)
             sums = {"ended": ended, "length": ended * length, "return": ended * episodic_return, "failed": failed}
 
-            # The first environment to end takes the first fresh state, and so on, around where these are too few.
+            # The first environment to end takes the first new state, and so on, around where these are too few.
             slot = (jnp.cumsum(ended) - 1) % num_resets
 
             def restart(old, new):
