@@ -131,7 +131,7 @@ def main(
     path.with_suffix(".json").write_text(json.dumps(result))
     for i, over in enumerate(x):
         own_path = path.with_name(f"{name}_{over}" if i else name).with_suffix(".png")
-        plot(own_path, results, metric, over, f"{title or name}, {num_seeds} seeds", line)
+        plot(own_path, results, metric, over, f"{title or name}, {num_seeds} seed{'s' * (num_seeds > 1)}", line)
 
 
 if __name__ == "__main__":
