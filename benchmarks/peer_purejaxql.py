@@ -40,16 +40,16 @@ keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)
 start = time.perf_counter()
 train = jax.jit(jax.vmap(make_train(config))).lower(keys).compile()
 compiled = time.perf_counter()
-metrics = jax.block_until_ready(train(keys))["metrics"]
+results = jax.block_until_ready(train(keys))
 seconds = time.perf_counter() - compiled
-steps = np.asarray(metrics["env_step"])[0]
 result = {
     "compile_seconds": compiled - start,
     "run_seconds": seconds,
-    "steps_per_second": args.num_seeds * int(steps[-1]) / seconds,
-    "train_returns": np.asarray(metrics["returned_episode_returns"])[:, -1].tolist(),
+    "steps_per_second": int(results["runner_state"][0].timesteps.sum()) / seconds,
 }
 if args.evaluate:
+    metrics = results["metrics"]
+    steps = np.asarray(metrics["env_step"])[0]
     interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
     result["global_step"] = steps[interval - 1 :: interval].tolist()
     result["returns"] = np.asarray(metrics["test/returned_episode_returns"])[:, interval - 1 :: interval].tolist()

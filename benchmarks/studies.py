@@ -108,17 +108,17 @@ STUDIES = {
     "craftax_memory": "curves.py --line 1 --title MemoryChain-bsuite "
     f'--curves "LSTM={MEMORY}" "without its memory={MEMORY} --no-memory"',
     "craftax_classic": "curves.py --num-seeds 2 --metric charts/episodic_return --title Craftax-Classic-Symbolic-v1 "
-    f'--curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX} --total-timesteps 1e6"',
+    f'--curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX}--total-timesteps 1e6"',
     "craftax_achievements": "curves.py --num-seeds 1 --metric charts/episodic_return "
     f'--title Craftax-Classic-Symbolic-v1 --curves "PQN with LSTM=pqn_rnn_craftax {SMALL_CRAFTAX} '
-    f'--total-timesteps 5e5" "random actions=pqn_rnn_craftax {SMALL_CRAFTAX} --total-timesteps 1e5 --epsilon-finish 1"',
+    f'--total-timesteps 5e5" "random actions=pqn_rnn_craftax {SMALL_CRAFTAX}--total-timesteps 1e5 --epsilon-finish 1"',
     "craftax_shares": "shares.py pqn_rnn_craftax --rows "
     + " ".join(
         f"""'{label}={{"env_id": "Craftax-Classic-Symbolic-v1", "num_envs": 64, "num_steps": 32, "hidden_size": 128, """
         f""""reset_ratio": {ratio}}}'"""
         for label, ratio in (("a world for 16 environments", 16), ("a world for each", 1))
     ),
-    "craftax_speed": f'speed.py pqn_rnn_craftax --flags="{SMALL_CRAFTAX} --total-timesteps 65536" '
+    "craftax_speed": f'speed.py pqn_rnn_craftax --flags="{SMALL_CRAFTAX}--total-timesteps 65536" '
     f'--peer "PureJaxQL=$PUREJAXQL {PURE_CRAFTAX}"',
     "pql_pendulum": f'curves.py --line=-200 --title Pendulum-v1 --curves "PQL={PENDULUM}" '
     f'"PQL-D={PENDULUM} --algorithm pql_d --reward-scale 0.01" "DDPG(n)={PENDULUM} --algorithm ddpg_n"',
