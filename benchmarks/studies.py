@@ -118,7 +118,7 @@ STUDIES = {
         f""""reset_ratio": {ratio}}}'"""
         for label, ratio in (("a world for 16 environments", 16), ("a world for each", 1))
     ),
-    "craftax_speed": f'speed.py pqn_rnn_craftax --flags="{SMALL_CRAFTAX}--total-timesteps 65536" '
+    "craftax_speed": f'speed.py pqn_rnn_craftax --repeats 2 --flags="{SMALL_CRAFTAX}--total-timesteps 65536" '
     f'--peer "PureJaxQL=$PUREJAXQL {PURE_CRAFTAX}"',
     "pql_pendulum": f'curves.py --line=-200 --title Pendulum-v1 --curves "PQL={PENDULUM}" '
     f'"PQL-D={PENDULUM} --algorithm pql_d --reward-scale 0.01" "DDPG(n)={PENDULUM} --algorithm ddpg_n"',
