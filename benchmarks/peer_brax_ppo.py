@@ -1,5 +1,7 @@
 """PPO of brax on one of its tasks: seeds one after the other, an evaluation after each tenth of the run.
 
+Run it with the Python of an environment of its own: it needs an older jax than the scripts.
+
 Prints one line of JSON: global_step [n], returns [num_seeds, n], steps per second of a seed alone, seconds to compile.
 The hyperparameters are those that brax has for ant, at a number of environments that a CPU steps well.
 """

@@ -12,6 +12,7 @@ is not set runs without its peer.
     MYRIAD      <python>, of an environment with myriad-jax
     CLEANRL     <python>, of an environment with torch, gymnasium, tyro and tensorboard
     CLEANRL_PPO <checkout of vwxyzjn/cleanrl>/cleanrl/ppo.py
+    BRAX        <python>, of an environment with brax and an older jax, as its PPO needs
 """
 
 import os
@@ -135,7 +136,7 @@ STUDIES = {
         for n in (64, 128, 512, 1024)
     ),
     "pql_ant": f'curves.py --num-seeds 3 --x steps seconds --title ant --curves "PQL={ANT}" '
-    f'"DDPG(n)={ANT} --algorithm ddpg_n" --peer "PPO of brax=python benchmarks/peer_brax_ppo.py --num-seeds 3 '
+    f'"DDPG(n)={ANT} --algorithm ddpg_n" --peer "PPO of brax=$BRAX benchmarks/peer_brax_ppo.py --num-seeds 3 '
     '--total-timesteps 1000000"',
     "pql_shares": "shares.py pql_isaac_style --learner critic_updates policy_updates --rows "
     """'ant={"env_id": "ant", "num_envs": 128, "batch_size": 512, "hidden_sizes": [256, 128], """
