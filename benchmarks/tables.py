@@ -43,7 +43,7 @@ def achievements(*patterns: str) -> str:
     """Share of episodes that unlocked each achievement, in the last tenth of the runs."""
     (study,) = load(*patterns).values()
     shares = [curve["achievements"] for curve in study["curves"].values()]
-    names = sorted({name for share in shares for name in share}, key=lambda name: -shares[0].get(name, 0))
+    names = sorted({name for share in shares for name in share}, key=lambda name: (-shares[0].get(name, 0), name))
     rows = [
         [name.split("/")[1].replace("_", " "), *(f"{share.get(name, 0):.1%}" for share in shares)] for name in names
     ]
