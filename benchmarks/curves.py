@@ -40,7 +40,7 @@ def read_returns(run_dir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_achievements(run_dir: Path) -> dict[str, float]:
-    """Share of the episodes in the last tenth of a Craftax run that unlocked each achievement, where any did."""
+    """Share of episodes that unlocked each achievement, mean over the last tenth of a Craftax run, where any did."""
     with (run_dir / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if float(row["global_step"]) > 0.9 * float(rows[-1]["global_step"])]
