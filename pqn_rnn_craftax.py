@@ -390,13 +390,17 @@ def make_craftax(config: Config, num_envs: int):
         returns, lengths = state.returns + reward, state.lengths + 1
         achievements = {name: value for name, value in info.items() if name.startswith("Achievements/")}
         episodes = {"returned_episode": done, "returned_episode_returns": returns, "returned_episode_lengths": lengths}
-        slot = (jnp.cumsum(done) - 1) % num_fresh
-        fresh_obs, fresh_state = jax.tree.map(lambda x: x[slot], fresh(reset_key, num_fresh))
 
-        def where_done(new, old):
-            return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+        def reset_ended(*states):
+            slot = (jnp.cumsum(done) - 1) % num_fresh
 
-        obs, env_state = jax.tree.map(where_done, (fresh_obs, fresh_state), (obs, env_state))
+            def where_done(new, old):
+                return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new[slot], old)
+
+            return jax.tree.map(where_done, fresh(reset_key, num_fresh), states)
+
+        # Most steps of a few environments end none: they make no world.
+        obs, env_state = jax.lax.cond(done.any(), reset_ended, lambda *states: states, obs, env_state)
         state = CraftaxState(env_state, jnp.where(done, 0, returns), jnp.where(done, 0, lengths))
         return obs, state, reward, done & ~truncated, truncated, episodes | achievements
 
@@ -690,13 +694,14 @@ def main(config: Config) -> Path:
     # All chunks are of one size, so that one program runs them all.
     chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
     lowered = on_devices(proceed, (of_states, by_seed), donate_argnums=0).lower(states)
-    run_chunk, names = lowered.compile(), sorted(lowered.out_info[1])
-    compile_seconds = time.time() - started
-
+    names = sorted(lowered.out_info[1])
     head = ",".join(["seed", *names])
     rows = csv.read_text().splitlines() if csv.exists() else [head]
     if rows[0] != head or len(rows) <= first * config.num_seeds:
         fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
+    run_chunk = lowered.compile()
+    compile_seconds = time.time() - started
+
     run_dir.mkdir(parents=True, exist_ok=True)
     replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
     replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())
