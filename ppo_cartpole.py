@@ -473,13 +473,14 @@ def main(config: Config) -> Path:
     # All chunks are of one size, so that one program runs them all.
     chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
     lowered = on_devices(proceed, donate_argnums=0).lower(states)
-    run_chunk, names = lowered.compile(), sorted(lowered.out_info[1])
-    compile_seconds = time.time() - started
-
+    names = sorted(lowered.out_info[1])
     head = ",".join(["seed", *names])
     rows = csv.read_text().splitlines() if csv.exists() else [head]
     if rows[0] != head or len(rows) <= first * config.num_seeds:
         fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
+    run_chunk = lowered.compile()
+    compile_seconds = time.time() - started
+
     run_dir.mkdir(parents=True, exist_ok=True)
     replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
     replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())

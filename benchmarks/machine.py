@@ -23,10 +23,11 @@ def run_script(script: str, arguments: list[str], runs_dir: Path) -> tuple[Path,
 
 
 def describe_machine() -> dict:
-    """Processor, cores, Python and the versions that matter."""
+    """Processor, cores that this process may use, Python and the versions that matter."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     versions = {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "numpy")}
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "python": platform.python_version(), "versions": versions}
