@@ -876,6 +876,12 @@ def main(config: Config) -> Path:
         seeds = PartitionSpec("seeds")
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False), **options)
 
+    def is_key(x):  # dm_control keeps keys in its states
+        return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+    def wrap(data):
+        return jax.random.wrap_key_data(jnp.asarray(data))
+
     def put(new, old):
         """The new array where the old one was, which goes first: two replays may not fit."""
         new, sharding = new.reshape(old.shape), old.sharding  # reshape raises if the checkpoint is of other sizes
@@ -890,7 +896,7 @@ def main(config: Config) -> Path:
         try:
             leaves = serialization.from_bytes(jax.tree.leaves(states), checkpoint.read_bytes())
             saved = jax.tree.unflatten(jax.tree.structure(states), leaves)
-            saved = saved._replace(key=jax.random.wrap_key_data(jnp.asarray(saved.key)))
+            saved = jax.tree.map(lambda x, old: wrap(x) if is_key(old) else x, saved, states)
             states = jax.tree.map(put, saved, states)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
@@ -951,7 +957,7 @@ def main(config: Config) -> Path:
         while len(pending) > (0 if save_now else 1):
             record(*pending.pop(0))
         if save_now:
-            host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+            host_states = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, states))
             replace(checkpoint, serialization.to_bytes(jax.tree.leaves(host_states)))  # flax knows no states of MuJoCo
             saved_at = time.time()
     seconds = time.time() - started

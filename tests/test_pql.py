@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, flags
 from gymnax.environments import environment, spaces
 from test_train import ClockParams, assert_equal
 
@@ -172,3 +172,28 @@ def test_brax():
 def test_backend_that_a_task_lacks():
     with pytest.raises(ValueError, match="--backend is spring"):
         pql.make_env("swimmer", "spring")
+
+
+def test_keys_in_the_states_of_physics(tmp_path, monkeypatch):
+    """dm_control keeps a key in the state of each environment: a checkpoint takes it, a resumed run goes on from it."""
+    make_env = pql.make_env
+
+    def with_keys(env_id, backend):
+        env = make_env(env_id, backend)
+
+        def reset(key):
+            physics, obs = env.reset(key)
+            return (physics, key), obs
+
+        def step(key, state, action):
+            physics, *rest = env.step(state[1], state[0], action)
+            return (physics, jax.random.split(state[1], 1)[0]), *rest
+
+        return env._replace(reset=reset, step=step)
+
+    monkeypatch.setattr(pql, "make_env", with_keys)
+    run_dir = pql.main(pql.parse_args([*flags("pql_isaac_style"), "--runs-dir", str(tmp_path)]))
+    metrics, checkpoint = ((run_dir / name).read_bytes() for name in ("metrics.csv", "checkpoint.msgpack"))
+    pql.main(pql.parse_args(["--resume", str(run_dir)]))
+    assert (run_dir / "metrics.csv").read_bytes() == metrics
+    assert (run_dir / "checkpoint.msgpack").read_bytes() == checkpoint
