@@ -43,8 +43,8 @@ PUREJAXQL_MINATAR = (
 NUM_ENVS = (1, 32, 128, 512, 1024, 2048)
 MEMORY = (
     "pqn_rnn_craftax --env-id MemoryChain-bsuite --env-params memory_length=100 --num-envs 32 --num-minibatches 16 "
-    "--learning-rate 1e-3 --no-anneal-lr --td-lambda 0.95 --epsilon-finish 0.01 --max-grad-norm 10 --hidden-size 128 "
-    "--no-norm-input --forget-bias 5 --total-timesteps 1.3e5 --eval-interval 4"
+    "--learning-rate 1e-3 --td-lambda 1 --epsilon-finish 0.01 --max-grad-norm 0.1 --hidden-size 128 --no-norm-input "
+    "--forget-bias 5 --total-timesteps 2e5 --eval-interval 4"
 )
 SMALL_CRAFTAX = "--env-id Craftax-Classic-Symbolic-v1 --num-envs 64 --num-steps 32 --hidden-size 128 --reset-ratio 16 "
 PURE_CRAFTAX = (

@@ -39,6 +39,20 @@ def returns(*patterns: str) -> str:
     return markdown(["study", "environment steps", "seeds", "return", "lowest seed"], rows)
 
 
+def seconds(*patterns: str) -> str:
+    """Returns at equal wall-clock, compiling apart: when the first of the curves ends, linear between evaluations."""
+    rows = []
+    for name, study in load(*patterns).items():
+        curves = study["curves"]
+        end = min(curve["global_step"][-1] / curve["steps_per_second"] for curve in curves.values())
+        for label, curve in curves.items():
+            steps = end * curve["steps_per_second"]
+            mean, std = (np.interp(steps, curve["global_step"], curve[key]) for key in ("mean", "std"))
+            cells = [f"{curve['steps_per_second']:,.0f}", f"{curve['compile_seconds']:.0f}"]
+            rows.append([f"`{name}`: {label}", *cells, f"{end:.0f}", f"{steps:,.0f}", f"{mean:,.0f} ± {std:,.0f}"])
+    return markdown(["study", "steps/s", "compile, s", "after, s", "environment steps", "return"], rows)
+
+
 def achievements(*patterns: str) -> str:
     """Share of episodes that unlocked each achievement, in the last tenth of the runs."""
     (study,) = load(*patterns).values()
