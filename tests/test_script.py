@@ -121,6 +121,18 @@ def test_interrupted_and_resumed(command):
     assert results(folder) == results(whole)
 
 
+@pytest.mark.parametrize("command", ["pqn_cartpole", "pqn_rnn_craftax", "pql_isaac_style"], indirect=True)
+def test_resumed_run_is_the_same_program(command, monkeypatch):
+    """A compilation cache that has the program of a run need not compile another one to resume it."""
+    cache = command.folder / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    finish(command())
+    (program,) = cache.glob("jit_proceed*-cache")
+    finish(command(f"--resume={run_folder(command)}", tiny=False))
+    assert list(cache.glob("jit_proceed*-cache")) == [program]
+
+
 def test_damaged_files(command):
     """A checkpoint that is not whole, metrics of another script or with rows lost: one line that names the file."""
     finish(command())
