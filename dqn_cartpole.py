@@ -479,7 +479,7 @@ def main(config: Config) -> Path:
     most = max(1, 2**16 // update_steps)  # about 65,536 steps between two looks at the host
     # All chunks are of one size, so that one program runs them all.
     chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
-    # Of shapes alone a resumed run lowers the same program, which a compilation cache then has.
+    # Shapes, not arrays: a resumed run then lowers to the program of the first, which a compilation cache has.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
     lowered = on_devices(proceed, donate_argnums=0).lower(shapes)
     names = sorted(lowered.out_info[1])
