@@ -34,7 +34,7 @@ def returns(*patterns: str) -> str:
     for name, study in load(*patterns).items():
         for label, curve in study["curves"].items():
             final, steps = np.array(curve["final"]), int(curve["global_step"][-1])
-            spread = f"{final.mean():.1f} ± {final.std():.1f}"
+            spread = f"{round(final.mean(), 1) + 0.0:.1f} ± {final.std():.1f}"  # no minus before a rounded zero
             rows.append([f"`{name}`: {label}", f"{steps:,}", str(len(final)), spread, f"{final.min():.1f}"])
     return markdown(["study", "environment steps", "seeds", "return", "lowest seed"], rows)
 
