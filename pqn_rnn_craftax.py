@@ -360,9 +360,10 @@ def make_gymnax(config: Config, num_envs: int):
 
 
 def make_craftax(config: Config, num_envs: int):
-    """make_env for Craftax, with optimistic resets: making a world is dear, so num_envs / reset_ratio are made a step.
+    """make_env for Craftax, with optimistic resets: making a world is dear.
 
-    Environments that end take them in order, and share them when more end than were made.
+    A step that ends an episode makes num_envs / reset_ratio worlds. Environments that end take them in order, and share
+    them when more end than were made.
     """
     from craftax.craftax_env import make_craftax_env_from_name
 
