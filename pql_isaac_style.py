@@ -1,31 +1,35 @@
-"""Parallel Q-Learning on continuous control: brax, gymnax's Pendulum, dm_control from MuJoCo Playground.
+"""Parallel Q-Learning on continuous control: brax, gymnax, dm_control of MuJoCo Playground.
 
-Parallel Q-Learning: Li et al., "Parallel Q-Learning: Scaling Off-policy Reinforcement Learning under Massively Parallel
-Simulation", ICML 2023, arXiv 2307.12983. An actor, a learner of values and a learner of the policy work side by side,
-each on copies of what the others had when they last exchanged. Unlike DQN it has continuous actions (DDPG with double Q
-and n-step targets), exploration noise that differs from environment to environment, and thousands of those.
+Parallel Q-Learning: Li et al., "Parallel Q-Learning: Scaling Off-policy Reinforcement Learning
+under Massively Parallel Simulation", ICML 2023, arXiv 2307.12983. An actor, a value learner and a
+policy learner work side by side, each on copies of what the others had when they last exchanged.
+Unlike DQN it has continuous actions (DDPG with double Q and n-step targets), exploration noise that
+differs from environment to environment, and thousands of those.
 
-    python pql_isaac_style.py --env-id ant --num-seeds 2  # as a script: trains, plots, saves; --help lists the flags
+    python pql_isaac_style.py --env-id ant          # trains, plots, saves; --help lists the flags
 
-    from pql_isaac_style import Config, make_train      # as a library: a pure function from a key to results
-    state, metrics = jax.jit(make_train(Config(env_id="Pendulum-v1", num_envs=128)))(jax.random.key(0))
+    from pql_isaac_style import Config, make_train  # as a library: a pure function of a key
+    config = Config(env_id="Pendulum-v1", num_envs=128)
+    state, metrics = jax.jit(make_train(config))(jax.random.key(0))
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["jax>=0.10,<0.12", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2", "six>=1.16,<2",
-#   "brax>=0.14.2,<0.15", "tyro>=1.0,<2", "tqdm>=4.66,<5", "matplotlib>=3.8,<4", "wandb>=0.31,<0.32", "numpy>=2,<3"]
-# ///
+# /// script requires-python = ">=3.11" dependencies = [   "jax>=0.10,<0.12", "flax>=0.12.8,<0.13",
+# "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2",   "six>=1.16,<2", "brax>=0.14.2,<0.15",
+# "orbax-checkpoint>=0.12,<0.13", "tyro>=1.0,<2", "tqdm>=4.66,<5",   "matplotlib>=3.8,<4",
+# "pandas>=2.2,<4", "wandb>=0.31,<0.32", "numpy>=2,<3", ] ///
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import logging
 import math
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -38,10 +42,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+import pandas as pd
 import tyro
 from flax import serialization
-from jax.sharding import PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
+
+# --- Configuration --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +62,25 @@ class Config:
     num_seeds: int = 1
     """Independent runs to train at once, spread over all devices."""
     total_timesteps: int = 100_000_000
-    """Environment steps of a seed, over all its environments, warm-up included."""
-    resume: str | None = None
-    """Folder of a run to go on with from its last checkpoint; its configuration is read from there."""
+    """Environment steps per seed, over all its environments, warm-up included."""
 
     env_id: str = "ant"
     """Task of brax, of gymnax or, where playground is installed, of its dm_control suite."""
     backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"
     """Physics of a brax task."""
     num_envs: int = 4096
-    """Environments of a seed, stepped in parallel."""
+    """Parallel environments per seed."""
     num_steps: int = 64
     """Steps of each environment in an update, which is a row of the metrics."""
     resets_per_step: float = 1.0
-    """First states drawn in a step, as a fraction of num_envs; if more episodes end in a step, some begin alike."""
+    """First states drawn in a step, as a fraction of num_envs; if more episodes end, some share."""
 
     algorithm: Literal["pql", "pql_d", "ddpg_n"] = "pql"
-    """pql; pql_d, which learns distributions of returns; ddpg_n, which does one thing after the other, without lag."""
+    """pql; pql_d, which learns distributions of returns; ddpg_n, one thing after the other."""
     learning_rate: float = 5e-4
     """Step size of AdamW, for values and policy."""
     anneal_lr: bool = False
-    """Let the learning rate fall linearly to zero."""
+    """Anneal the learning rate linearly to zero."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 0.5
@@ -83,13 +90,13 @@ class Config:
     n_steps: int = 3
     """Rewards in a target before it is bootstrapped."""
     reward_scale: float = 0.01
-    """Factor on the rewards that are learned from; reported returns are without (the paper: ANYmal 1, Franka 0.1)."""
+    """Scale of training rewards, 1 for ANYmal, 0.1 for Franka; reported returns are unscaled."""
     critic_updates: int = 8
     """Critic updates for a step of all environments; the paper's beta_a:v is one to this."""
     policy_updates: int = 4
-    """Policy updates for a step of all environments; the paper's beta_p:v is this to critic_updates."""
+    """Policy updates for a step of all environments; beta_p:v is this to critic_updates."""
     sync_every: int = 1
-    """Steps of all environments between two exchanges of parameters, statistics and transitions."""
+    """Steps of all environments between two exchanges of parameters, statistics, transitions."""
     buffer_size: int = 5_000_000
     """Transitions in the replay of a seed, on the device; they go into every checkpoint."""
     batch_size: int = 8192
@@ -101,7 +108,7 @@ class Config:
     stddev_min: float = 0.05
     """Standard deviation of the exploration noise in the first environment."""
     stddev_max: float = 0.8
-    """Standard deviation of the exploration noise in the last environment; the same as in the first for a fixed one."""
+    """Standard deviation of the exploration noise in the last environment."""
     target_noise: float = 0.8
     """Standard deviation of the noise on the next actions of targets."""
     target_noise_clip: float = 0.2
@@ -113,11 +120,11 @@ class Config:
     value_bound: float = 10.0
     """The atoms lie from minus this to this (pql_d)."""
     combine: Literal["elementwise_min", "lower_mean"] = "elementwise_min"
-    """Target of the two critics (pql_d): least probability of each atom, or the one of lower mean."""
+    """Target of the two critics (pql_d): least probability of each atom, or the lower mean."""
     hidden_sizes: tuple[int, ...] = (512, 256, 128)
     """Units of the hidden layers."""
     bootstrap_on_truncation: bool = True
-    """Bootstrap where a time limit cut an episode; without it the cut is a termination, as in the authors' code."""
+    """Bootstrap at time limits; if off, treat them as terminal, as the authors' code does."""
 
     eval_interval: int = 20
     """Updates between two greedy evaluations (the last update always has one); 0 for none."""
@@ -125,48 +132,80 @@ class Config:
     """Episodes of an evaluation, each in an environment of its own."""
 
     runs_dir: str = "runs"
-    """Folder for the folders of runs."""
+    """Where run folders go."""
+    resume: str | None = None
+    """Run folder to resume from its last checkpoint, with its own flags."""
     checkpoint_interval: float = 60.0
     """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    distributed: bool = False
+    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases logging; WANDB_ENTITY says for whom."""
+    """Weights & Biases logging."""
     wandb_project: str = "pql"
     """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases team (default: WANDB_ENTITY)."""
+    wandb_tags: tuple[str, ...] = ()
+    """Weights & Biases tags."""
 
-    num_gradient_steps = property(lambda self: self.num_steps * (self.critic_updates + self.policy_updates))
+    num_gradient_steps = property(
+        lambda self: self.num_steps * (self.critic_updates + self.policy_updates)
+    )
     steps_per_update = property(lambda self: self.num_envs * self.num_steps)
     warmup_timesteps = property(lambda self: self.num_envs * self.warmup_steps)
-    num_updates = property(lambda self: (self.total_timesteps - self.warmup_timesteps) // self.steps_per_update)
+
+    @property
+    def num_updates(self):
+        return (self.total_timesteps - self.warmup_timesteps) // self.steps_per_update
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; traced values are not looked at."""
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            low = 1 if field.type is int and name not in ("seed", "eval_interval") else 0
-            low = {"num_atoms": 2, "value_bound": 1e-3}.get(name, low)
-            is_fraction = name in ("resets_per_step", "learning_rate", "gamma", "tau")
-            high = 1 if is_fraction else 2**31 - 1
-            if field.type in (int, float) and isinstance(value, int | float) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it takes a number from {low} to {high}")
+        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
+                object.__setattr__(self, name, value.item())
+            if isinstance(value, list):  # from JSON
+                object.__setattr__(self, name, tuple(value))
+        for low, high, names in LIMITS:
+            for name in names.split():
+                value = getattr(self, name)
+                if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{flag} is {value}; it takes a number from {low} to {high}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes one or more numbers from 1")
+            raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes numbers from 1")
         if self.num_steps % self.sync_every:
-            raise ValueError(f"--sync-every is {self.sync_every}; it takes a divisor of --num-steps, {self.num_steps}")
+            steps = f"--num-steps, {self.num_steps}"
+            raise ValueError(f"--sync-every is {self.sync_every}; it must divide {steps}")
         least = self.n_steps - 1 + self.sync_every
         if self.warmup_steps < least:
-            what = f"--n-steps - 1 + --sync-every, which is {least}"
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}; it takes at least {what}")
+            what = f"--n-steps - 1 + --sync-every, {least}"
+            raise ValueError(f"--warmup-steps is {self.warmup_steps}, less than {what}")
+        warmup = f"--num-envs {self.num_envs} * --warmup-steps {self.warmup_steps}"
         if self.buffer_size < self.warmup_timesteps:
-            what = f"--num-envs * --warmup-steps, which is {self.warmup_timesteps}"
-            raise ValueError(f"--buffer-size is {self.buffer_size}; it takes at least {what}")
+            raise ValueError(f"--buffer-size is {self.buffer_size}, less than {warmup}")
         if self.num_updates < 1:
-            least = self.warmup_timesteps + self.steps_per_update
-            what = f"--num-envs * (--warmup-steps + --num-steps), which is {least}"
-            raise ValueError(f"--total-timesteps is {self.total_timesteps}; it takes at least {what}")
+            update = f"--num-envs * --num-steps {self.num_steps}"
+            total = f"--total-timesteps is {self.total_timesteps}"
+            raise ValueError(f"{total}, less than {warmup} + {update}")
+
+
+# From, to, and the fields that take a number between them.
+LIMITS = [
+    (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps n_steps critic_updates"),
+    (1, 2**31 - 1, "policy_updates sync_every buffer_size batch_size warmup_steps eval_episodes"),
+    (2, 2**31 - 1, "num_atoms"),
+    (0, 2**31 - 1, "seed eval_interval"),
+    (0, 1, "learning_rate gamma tau resets_per_step"),
+    (0, math.inf, "weight_decay max_grad_norm reward_scale stddev_min stddev_max"),
+    (0, math.inf, "target_noise target_noise_clip obs_clip checkpoint_interval"),
+    (1e-3, math.inf, "value_bound"),
+]
+
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
-    """Dense, ELU layers: inputs [..., num_inputs] to [..., num_outputs], kernels initialised as PyTorch does."""
+    """Dense, ELU layers: [..., num_inputs] to [..., num_outputs], initialised as PyTorch does."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
@@ -191,7 +230,7 @@ class Policy(nn.Module):
 
 
 class DoubleCritic(nn.Module):
-    """Two critics of normalised observations and actions: [2, ..., num_outputs], values or logits of their atoms."""
+    """Two critics of normalised obs, action: [2, ..., num_outputs], values or logits of atoms."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
@@ -202,19 +241,11 @@ class DoubleCritic(nn.Module):
         return jnp.stack([MLP(self.num_outputs, self.hidden_sizes)(x) for _ in range(2)])
 
 
-class Step(NamedTuple):
-    """One step of all environments."""
-
-    obs: jax.Array
-    action: jax.Array
-    reward: jax.Array
-    next_obs: jax.Array  # where the step led, before any reset
-    terminated: jax.Array
-    truncated: jax.Array
+# --- Equations ------------------------------------------------------------------------------------
 
 
 class Transition(NamedTuple):
-    """n steps of all environments as one; the replay stacks buffer_size // num_envs of them in front."""
+    """n steps of all environments as one; the replay stacks buffer_size // num_envs of them."""
 
     obs: jax.Array
     action: jax.Array
@@ -229,6 +260,186 @@ class Statistics(NamedTuple):
     mean: jax.Array
     var: jax.Array
     count: jax.Array
+
+
+def mixed_exploration_stddevs(
+    num_envs: int, stddev_min: jax.Array, stddev_max: jax.Array
+) -> jax.Array:
+    """Standard deviations [num_envs] of the noise, evenly spaced (PQL, section 3.3)."""
+    return stddev_min + jnp.arange(num_envs) / max(num_envs - 1, 1) * (stddev_max - stddev_min)
+
+
+def n_step_transitions(rewards, next_obs, terminated, truncated, gamma, n):
+    """Rewards, discounts [T, num_envs] and next observations of n-step windows.
+
+        reward[t] = sum_{i <= k} gamma^i r[t + i]
+        discount[t] = gamma^(k + 1) * (1 - terminated[t + k])
+
+    with k the first end of an episode, of either kind, in steps t to t + n - 1, else n - 1; next
+    observations are those of step t + k, before any reset. Arrays are [T + n - 1, num_envs, ...].
+    """
+    num_windows = len(rewards) - n + 1
+    total, discount, goes_on, last_obs = 0.0, 1.0, True, next_obs[:num_windows]
+    for i in range(n):
+        reward, obs, end, cut = (
+            x[i : i + num_windows] for x in (rewards, next_obs, terminated, truncated)
+        )
+        total += jnp.where(goes_on, discount * reward, 0)
+        discount *= jnp.where(goes_on, gamma * ~end, 1)
+        last_obs = jnp.where(jnp.expand_dims(goes_on, -1), obs, last_obs)
+        goes_on &= ~(end | cut)
+    return total, discount, last_obs
+
+
+def double_q_targets(rewards, next_values, discounts) -> jax.Array:
+    """Double Q targets r + discount * min_j next_values[j], of [2, batch] (PQL, equation 1)."""
+    return rewards + discounts * next_values.min(axis=0)
+
+
+def project_distribution(probs, rewards, discounts, support) -> jax.Array:
+    """The distributions probs [..., batch, atoms] of r + discount * z, back on the support.
+
+    Mass between two atoms is split linearly, mass outside goes to the edge atom (Bellemare et al.,
+    2017, arXiv 1707.06887, equation 7).
+    """
+    values = jnp.clip(rewards[:, None] + discounts[:, None] * support, support[0], support[-1])
+    distance = jnp.abs(values[:, :, None] - support) / (support[1] - support[0])
+    return jnp.einsum("...bi,bij->...bj", probs, jnp.clip(1 - distance, 0, 1))
+
+
+def combine_distributions(probs, support, combine) -> jax.Array:
+    """One target [batch, atoms] of the two in probs [2, batch, atoms].
+
+    "elementwise_min" takes the least probability of each atom (the authors of PQL; the sum may be
+    below 1), "lower_mean" the distribution of lower mean (FastTD3, arXiv 2505.22642).
+    """
+    if combine == "elementwise_min":
+        return probs.min(axis=0)
+    means = probs @ support
+    return jnp.where((means[0] <= means[1])[:, None], probs[0], probs[1])
+
+
+def update_statistics(statistics: Statistics, obs: jax.Array) -> Statistics:
+    """The statistics with observations [batch, obs_size] added (Chan et al., 1979)."""
+    count = statistics.count + len(obs)
+    difference, weight = obs.mean(axis=0) - statistics.mean, len(obs) / count
+    var = (
+        (1 - weight) * statistics.var
+        + weight * obs.var(axis=0)
+        + weight * (1 - weight) * difference**2
+    )
+    return Statistics(statistics.mean + weight * difference, var, count)
+
+
+def normalize(obs: jax.Array, statistics: Statistics, clip: jax.Array = jnp.inf) -> jax.Array:
+    """Observations [..., obs_size] at mean 0 and variance 1, within clip."""
+    return jnp.clip((obs - statistics.mean) / jnp.sqrt(statistics.var + 1e-4), -clip, clip)
+
+
+def replay_insert(replay: Transition, row: jax.Array, transition: Transition) -> Transition:
+    """The replay [rows, num_envs, ...] with transition in row, wrapping around."""
+    return jax.tree.map(lambda buffer, x: buffer.at[row % len(buffer)].set(x), replay, transition)
+
+
+def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> Transition:
+    """A uniform batch, with replacement, of the first num_rows rows; bits [batch] are uint32."""
+    num_envs = jax.tree.leaves(replay)[0].shape[1]
+    index = bits % (num_rows * num_envs).astype(jnp.uint32)
+    return jax.tree.map(lambda buffer: buffer[index // num_envs, index % num_envs], replay)
+
+
+# --- Environment ----------------------------------------------------------------------------------
+
+
+class Env(NamedTuple):
+    """A task of one environment, actions in [-1, 1], no time limit or reset of its own."""
+
+    reset: Callable  # key -> physics, obs
+    step: Callable  # key, physics, action -> physics, obs, reward, terminated
+    obs_size: int
+    action_size: int
+    max_steps: int
+
+
+def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
+    """The task of brax or dm_control, which have the same methods, and its time limit."""
+    brax_ids = "ant halfcheetah hopper humanoid humanoidstandup inverted_double_pendulum"
+    brax_ids += " inverted_pendulum pusher reacher swimmer walker2d"
+    brax_ids = tuple(brax_ids.split())
+    # Imported when asked for, as both take seconds; they print that an optional package is missing.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        if env_id in brax_ids:
+            from brax import envs
+
+            try:
+                return envs.get_environment(env_id, backend=backend), 1000
+            except (ValueError, AssertionError) as error:
+                message = f"--backend is {backend}; --env-id {env_id} takes another: {error}"
+                raise ValueError(message) from error
+        with contextlib.suppress(ImportError):
+            from mujoco_playground import dm_control_suite
+
+            if env_id in dm_control_suite.ALL_ENVS:
+                max_steps = dm_control_suite.get_default_config(env_id).episode_length
+                return dm_control_suite.load(env_id, config_overrides={"impl": "jax"}), max_steps
+            others = (*dm_control_suite.ALL_ENVS, *others)
+    raise ValueError(f"--env-id is {env_id}; it takes one of {', '.join((*brax_ids, *others))}")
+
+
+def make_env(env_id: str, backend: str) -> Env:
+    """The task of gymnax, brax or dm_control of that name.
+
+    Raises ValueError for an unknown id, spaces other than Box, and physics that the task lacks.
+    """
+    import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+
+    if env_id in gymnax.registered_envs:
+        env, params = gymnax.make(env_id)
+        space = env.action_space(params)
+        spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
+        if spaces != ["Box", "Box"]:
+            takes = "it takes one with ['Box', 'Box']"
+            raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
+
+        def reset(key):
+            obs, physics = env.reset_env(key, params)
+            return physics, obs.ravel()
+
+        def step(key, physics, action):
+            action = space.low + (action + 1) / 2 * (space.high - space.low)
+            obs, physics, reward, terminated, _ = env.step_env(
+                key, physics, action.reshape(space.shape), params
+            )
+            return physics, obs.ravel(), reward, terminated
+
+        obs_size = math.prod(env.observation_space(params).shape)
+        return Env(reset, step, obs_size, math.prod(space.shape), params.max_steps_in_episode)
+
+    env, max_steps = make_physics(env_id, backend, tuple(gymnax.registered_envs))
+
+    def reset(key):
+        state = env.reset(key)
+        return state, state.obs
+
+    def step(key, state, action):
+        state = env.step(state, action)
+        return state, state.obs, state.reward, state.done > 0
+
+    return Env(reset, step, env.observation_size, env.action_size, max_steps)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One step of all environments."""
+
+    obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    next_obs: jax.Array  # where the step led, before any reset
+    terminated: jax.Array
+    truncated: jax.Array
 
 
 class Actor(NamedTuple):
@@ -263,15 +474,15 @@ class PLearner(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training needs to go on; saved, it is a checkpoint."""
+    """The complete training state; saved, it is a checkpoint."""
 
     v_learner: VLearner
     p_learner: PLearner
     actor: Actor
     replay: Transition  # [buffer_size // num_envs, num_envs, ...]
     fresh: Transition  # [sync_every, num_envs, ...], on their way to the replay
-    key: jax.Array  # the seed's, for the whole run: each update folds in its number
-    update: jax.Array  # updates done
+    key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
+    update: jax.Array  # updates so far
 
     @property
     def params(self):
@@ -280,72 +491,9 @@ class TrainState(NamedTuple):
         return {"policy": policy, "critic": critic, "statistics": self.actor.statistics}
 
 
-def mixed_exploration_stddevs(num_envs: int, stddev_min: jax.Array, stddev_max: jax.Array) -> jax.Array:
-    """Standard deviations [num_envs] of the noise, evenly spaced from the least to the greatest (PQL, section 3.3)."""
-    return stddev_min + jnp.arange(num_envs) / max(num_envs - 1, 1) * (stddev_max - stddev_min)
-
-
-def n_step_transitions(rewards, next_obs, terminated, truncated, gamma, n):
-    """Rewards, discounts [T, num_envs] and next observations of the windows of n steps that begin at the first T steps.
-
-        reward[t] = sum_{i <= k} gamma^i r[t + i],  discount[t] = gamma^(k + 1) * (1 - terminated[t + k])
-
-    with k the first end of an episode, of either kind, in steps t to t + n - 1, or n - 1 if there is none; the next
-    observation is that of step t + k, before any reset. Arrays are [T + n - 1, num_envs, ...].
-    """
-    num_windows = len(rewards) - n + 1
-    total, discount, goes_on, last_obs = 0.0, 1.0, True, next_obs[:num_windows]
-    for i in range(n):
-        reward, obs, end, cut = (x[i : i + num_windows] for x in (rewards, next_obs, terminated, truncated))
-        total += jnp.where(goes_on, discount * reward, 0)
-        discount *= jnp.where(goes_on, gamma * ~end, 1)
-        last_obs = jnp.where(jnp.expand_dims(goes_on, -1), obs, last_obs)
-        goes_on &= ~(end | cut)
-    return total, discount, last_obs
-
-
-def double_q_targets(rewards, next_values, discounts) -> jax.Array:
-    """Double Q targets r + discount * min_j next_values[j], [batch], of next_values [2, batch] (PQL, equation 1)."""
-    return rewards + discounts * next_values.min(axis=0)
-
-
-def project_distribution(probs, rewards, discounts, support) -> jax.Array:
-    """The distributions probs [..., batch, atoms] of r + discount * z, z on the evenly spaced support, back on it.
-
-    The mass of what lies between two atoms goes to both, the nearer the more; of what lies outside, to the last one
-    (Bellemare et al., 2017, arXiv 1707.06887, equation 7).
-    """
-    values = jnp.clip(rewards[:, None] + discounts[:, None] * support, support[0], support[-1])
-    distance = jnp.abs(values[:, :, None] - support) / (support[1] - support[0])
-    return jnp.einsum("...bi,bij->...bj", probs, jnp.clip(1 - distance, 0, 1))
-
-
-def combine_distributions(probs, support, combine) -> jax.Array:
-    """One target [batch, atoms] of the two in probs [2, batch, atoms].
-
-    "elementwise_min" takes the least probability of each atom (as the authors of PQL, the sum may be below 1),
-    "lower_mean" the distribution of lower mean (as FastTD3, arXiv 2505.22642).
-    """
-    if combine == "elementwise_min":
-        return probs.min(axis=0)
-    means = probs @ support
-    return jnp.where((means[0] <= means[1])[:, None], probs[0], probs[1])
-
-
-def update_statistics(statistics: Statistics, obs: jax.Array) -> Statistics:
-    """The statistics with observations [batch, obs_size] added (Chan et al., 1979)."""
-    count = statistics.count + len(obs)
-    difference, weight = obs.mean(axis=0) - statistics.mean, len(obs) / count
-    var = (1 - weight) * statistics.var + weight * obs.var(axis=0) + weight * (1 - weight) * difference**2
-    return Statistics(statistics.mean + weight * difference, var, count)
-
-
-def normalize(obs: jax.Array, statistics: Statistics, clip: jax.Array = jnp.inf) -> jax.Array:
-    """Observations [..., obs_size] at mean 0 and variance 1, within clip."""
-    return jnp.clip((obs - statistics.mean) / jnp.sqrt(statistics.var + 1e-4), -clip, clip)
-
-
-def exchange(actor: Actor, v_learner: VLearner, p_learner: PLearner) -> tuple[Actor, VLearner, PLearner]:
+def exchange(
+    actor: Actor, v_learner: VLearner, p_learner: PLearner
+) -> tuple[Actor, VLearner, PLearner]:
     """Each of the three with copies of what it uses of the other two."""
     return (
         actor._replace(policy=p_learner.policy),
@@ -354,100 +502,15 @@ def exchange(actor: Actor, v_learner: VLearner, p_learner: PLearner) -> tuple[Ac
     )
 
 
-def replay_insert(replay: Transition, row: jax.Array, transition: Transition) -> Transition:
-    """The replay [rows, num_envs, ...] with a transition [num_envs, ...] in the given row, counted around the end."""
-    return jax.tree.map(lambda buffer, x: buffer.at[row % len(buffer)].set(x), replay, transition)
-
-
-def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> Transition:
-    """A uniform batch, with replacement, of what the first num_rows rows hold; bits [batch_size] are random uint32."""
-    num_envs = jax.tree.leaves(replay)[0].shape[1]
-    index = bits % (num_rows * num_envs).astype(jnp.uint32)
-    return jax.tree.map(lambda buffer: buffer[index // num_envs, index % num_envs], replay)
-
-
-class Env(NamedTuple):
-    """A task, of one environment, with actions in [-1, 1], without time limit or reset of its own."""
-
-    reset: Callable  # key -> physics, obs
-    step: Callable  # key, physics, action -> physics, obs, reward, terminated
-    obs_size: int
-    action_size: int
-    max_steps: int
-
-
-def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
-    """The task of brax or dm_control of that name, which have the same methods, and its time limit."""
-    brax_ids = (
-        "ant halfcheetah hopper humanoid humanoidstandup inverted_double_pendulum inverted_pendulum pusher reacher"
-    )
-    brax_ids = (*brax_ids.split(), "swimmer", "walker2d")
-    # Imported only when asked for, both take seconds; they print that they lack an optional package.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        if env_id in brax_ids:
-            from brax import envs
-
-            try:
-                return envs.get_environment(env_id, backend=backend), 1000
-            except (ValueError, AssertionError) as error:
-                raise ValueError(f"--backend is {backend}; --env-id {env_id} takes another: {error}") from error
-        with contextlib.suppress(ImportError):
-            from mujoco_playground import dm_control_suite
-
-            if env_id in dm_control_suite.ALL_ENVS:
-                max_steps = dm_control_suite.get_default_config(env_id).episode_length
-                return dm_control_suite.load(env_id, config_overrides={"impl": "jax"}), max_steps
-            others = (*dm_control_suite.ALL_ENVS, *others)
-    raise ValueError(f"--env-id is {env_id}; it takes one of {', '.join((*brax_ids, *others))}")
-
-
-def make_env(env_id: str, backend: str) -> Env:
-    """The task of gymnax, brax or dm_control of that name.
-
-    Raises ValueError for an unknown id, for spaces other than Box, and for physics that the task does not have.
-    """
-    import gymnax  # not at the top: it takes seconds, and starts JAX before main has chosen the devices
-
-    if env_id in gymnax.registered_envs:
-        env, params = gymnax.make(env_id)
-        space = env.action_space(params)
-        spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
-        if spaces != ["Box", "Box"]:
-            raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; it takes one with ['Box', 'Box']")
-
-        def reset(key):
-            obs, physics = env.reset_env(key, params)
-            return physics, obs.ravel()
-
-        def step(key, physics, action):
-            action = space.low + (action + 1) / 2 * (space.high - space.low)
-            obs, physics, reward, terminated, _ = env.step_env(key, physics, action.reshape(space.shape), params)
-            return physics, obs.ravel(), reward, terminated
-
-        obs_size = math.prod(env.observation_space(params).shape)
-        return Env(reset, step, obs_size, math.prod(space.shape), params.max_steps_in_episode)
-
-    env, max_steps = make_physics(env_id, backend, tuple(gymnax.registered_envs))
-
-    def reset(key):
-        state = env.reset(key)
-        return state, state.obs
-
-    def step(key, state, action):
-        state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0
-
-    return Env(reset, step, env.observation_size, env.action_size, max_steps)
-
-
 def make_train(config: Config):
-    """PQL as a pure function train(key=None, state=None, num_updates=config.num_updates) -> (TrainState, metrics).
+    """PQL as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state. metrics is a flat dict of arrays [num_updates]:
-    returns are NaN in an update in which no episode ended, eval/* in one without an evaluation. jit it, vmap it over
-    keys, or over floats of config.
-    To vmap over states, take the update number out of the batch, or every update pays for an evaluation:
-    train(state=state._replace(update=states.update[0])).
+    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
+    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
+    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
+    floats of config.
+    To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
+    vmap turns the cond into a select and every update evaluates.
     Raises ValueError as make_env does.
     """
     env = make_env(config.env_id, config.backend)
@@ -459,9 +522,11 @@ def make_train(config: Config):
     critic = DoubleCritic(config.num_atoms if distributional else 1, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
     num_cycles = config.num_steps // config.sync_every
-    critic_steps, policy_steps = (config.sync_every * n for n in (config.critic_updates, config.policy_updates))
-    # In the replay before the first cycle: the last n_steps - 1 steps of the warm-up are not over, and sync_every
-    # transitions wait, as after every cycle. By default 32 - 2 - 1 = 29 rows.
+    critic_steps, policy_steps = (
+        config.sync_every * n for n in (config.critic_updates, config.policy_updates)
+    )
+    # In the replay before the first cycle: the last n_steps - 1 steps of the warm-up are not over,
+    # and sync_every transitions wait, as after every cycle. By default 32 - 2 - 1 = 29 rows.
     rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every
 
     def make_optimizer(gradient_steps):
@@ -472,7 +537,9 @@ def make_train(config: Config):
         adamw = optax.adamw(learning_rate, weight_decay=config.weight_decay)
         return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw), learning_rate
 
-    critic_optimizer, critic_learning_rate = make_optimizer(config.num_steps * config.critic_updates)
+    critic_optimizer, critic_learning_rate = make_optimizer(
+        config.num_steps * config.critic_updates
+    )
     policy_optimizer, _ = make_optimizer(config.num_steps * config.policy_updates)
 
     def init(key):
@@ -481,46 +548,64 @@ def make_train(config: Config):
         physics, obs = env_reset(jax.random.split(reset_key, config.num_envs))
         zeros, action = jnp.zeros(config.num_envs), jnp.zeros((config.num_envs, env.action_size))
         statistics = Statistics(jnp.zeros(env.obs_size), jnp.ones(env.obs_size), jnp.float32(0))
-        policy_params, critic_params = policy.init(policy_key, obs), critic.init(critic_key, obs, action)
+        policy_params, critic_params = (
+            policy.init(policy_key, obs),
+            critic.init(critic_key, obs, action),
+        )
         step = Step(obs, action, zeros, obs, zeros > 0, zeros > 0)
         window = jax.tree.map(lambda x: jnp.zeros((config.n_steps - 1, *x.shape), x.dtype), step)
-        actor = Actor(policy_params, statistics, physics, obs, zeros.astype(jnp.int32), zeros, window)
+        actor = Actor(
+            policy_params, statistics, physics, obs, zeros.astype(jnp.int32), zeros, window
+        )
         actor, transitions, _ = act(actor, warmup_key, config.warmup_steps, warmup=True)
-        transitions = jax.tree.map(lambda x: x[config.n_steps - 1 :], transitions)  # of no steps before the first
+        # Without the windows that begin before the first step.
+        transitions = jax.tree.map(lambda x: x[config.n_steps - 1 :], transitions)
 
         replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), transitions)
-        replay = jax.tree.map(lambda buffer, x: buffer.at[:rows_before].set(x[:rows_before]), replay, transitions)
+        replay = jax.tree.map(
+            lambda buffer, x: buffer.at[:rows_before].set(x[:rows_before]), replay, transitions
+        )
         fresh = jax.tree.map(lambda x: x[rows_before:], transitions)
         opt_states = critic_optimizer.init(critic_params), policy_optimizer.init(policy_params)
-        v_learner = VLearner(critic_params, critic_params, opt_states[0], policy_params, actor.statistics)
+        v_learner = VLearner(
+            critic_params, critic_params, opt_states[0], policy_params, actor.statistics
+        )
         p_learner = PLearner(policy_params, opt_states[1], critic_params, actor.statistics)
         # Copies, so that a donated state holds no buffer twice.
         learners = jax.tree.map(jnp.copy, (v_learner, p_learner))
         return TrainState(*learners, actor, replay, fresh, key, jnp.int32(0))
 
     def env_step(keys, physics, obs, action):
-        """A step, without reset; where physics fails, the observation stays, at reward 0: a cut to the learners."""
+        """A step without reset; where physics fails, obs stays at reward 0: a time limit."""
         physics, next_obs, reward, terminated = jax.vmap(env.step)(keys, physics, action)
-        failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))  # NaN, or on the way there
+        # NaN, or on the way there.
+        failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
         next_obs = jnp.where(failed[:, None], obs, next_obs)
         return physics, next_obs, jnp.where(failed, 0, reward), terminated & ~failed, failed
 
     def act(actor, key, num_steps, warmup=False):
-        """Steps of all environments, with the actor's copy of the policy: n-step transitions and sums over episodes."""
+        """Steps with the actor's copy of the policy: n-step transitions, sums over episodes."""
 
         def step(actor, inputs):
             noise, step_keys, reset_keys = inputs
             statistics = update_statistics(actor.statistics, actor.obs)
             mean = 0 if warmup else policy.apply(actor.policy, normalize(actor.obs, statistics))
             action = jnp.clip(mean + noise, -1, 1)
-            physics, next_obs, reward, terminated, failed = env_step(step_keys, actor.physics, actor.obs, action)
+            physics, next_obs, reward, terminated, failed = env_step(
+                step_keys, actor.physics, actor.obs, action
+            )
             length, episodic_return = actor.length + 1, actor.episodic_return + reward
             truncated = (length >= env.max_steps) | failed
             ended = terminated | truncated
             row = Step(actor.obs, action, reward, next_obs, terminated, truncated)
-            sums = {"ended": ended, "length": ended * length, "return": ended * episodic_return, "failed": failed}
+            sums = {
+                "ended": ended,
+                "length": ended * length,
+                "return": ended * episodic_return,
+                "failed": failed,
+            }
 
-            # The first environment to end takes the first new state, and so on, around where these are too few.
+            # The first environment to end takes the first new state, and so on, wrapping around.
             slot = (jnp.cumsum(ended) - 1) % num_resets
 
             def restart(old, new):
@@ -536,29 +621,45 @@ def make_train(config: Config):
         if warmup:
             noise = jax.random.uniform(noise_key, shape, minval=-1)
         else:
-            stddevs = mixed_exploration_stddevs(config.num_envs, config.stddev_min, config.stddev_max)
+            stddevs = mixed_exploration_stddevs(
+                config.num_envs, config.stddev_min, config.stddev_max
+            )
             noise = stddevs[:, None] * jax.random.normal(noise_key, shape)
         step_keys = jax.random.split(step_key, (num_steps, config.num_envs))
         reset_keys = jax.random.split(reset_key, (num_steps, num_resets))
         actor, (rows, sums) = jax.lax.scan(step, actor, (noise, step_keys, reset_keys))
 
         steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, rows)
-        terminated = steps.terminated | (False if config.bootstrap_on_truncation else steps.truncated)
+        terminated = steps.terminated | (
+            False if config.bootstrap_on_truncation else steps.truncated
+        )
         outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, steps.truncated
         reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
-        transitions = Transition(steps.obs[:num_steps], steps.action[:num_steps], reward, discount, next_obs)
-        return actor._replace(window=jax.tree.map(lambda x: x[num_steps:], steps)), transitions, sums
+        transitions = Transition(
+            steps.obs[:num_steps], steps.action[:num_steps], reward, discount, next_obs
+        )
+        return (
+            actor._replace(window=jax.tree.map(lambda x: x[num_steps:], steps)),
+            transitions,
+            sums,
+        )
 
     def critic_loss(params, v_learner, batch, noise):
-        obs, next_obs = (normalize(x, v_learner.statistics, config.obs_clip) for x in (batch.obs, batch.next_obs))
-        noise = jnp.clip(config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip)
+        obs, next_obs = (
+            normalize(x, v_learner.statistics, config.obs_clip) for x in (batch.obs, batch.next_obs)
+        )
+        noise = jnp.clip(
+            config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip
+        )
         next_action = jnp.clip(policy.apply(v_learner.policy, next_obs) + noise, -1, 1)
         next_outputs = critic.apply(v_learner.target_critic, next_obs, next_action)
         outputs = critic.apply(params, obs, batch.action)
         if not distributional:
             target = double_q_targets(batch.reward, next_outputs[..., 0], batch.discount)
             return jnp.square(outputs[..., 0] - target).mean(axis=-1).sum(), outputs.mean()
-        probs = project_distribution(jax.nn.softmax(next_outputs), batch.reward, batch.discount, support)
+        probs = project_distribution(
+            jax.nn.softmax(next_outputs), batch.reward, batch.discount, support
+        )
         target = combine_distributions(probs, support, config.combine)
         log_probs = jax.nn.log_softmax(outputs)
         if config.combine == "lower_mean":
@@ -573,21 +674,29 @@ def make_train(config: Config):
 
     def policy_loss(params, p_learner, obs):
         obs = normalize(obs, p_learner.statistics, config.obs_clip)
-        return -expected_values(critic.apply(p_learner.critic, obs, policy.apply(params, obs))).min(axis=0).mean()
+        return (
+            -expected_values(critic.apply(p_learner.critic, obs, policy.apply(params, obs)))
+            .min(axis=0)
+            .mean()
+        )
 
     def learn_values(v_learner, replay, filled, key, gradient_steps):
-        """Critic updates with the V-learner's copy of the policy, on the first filled rows of the replay."""
+        """Critic updates with the V-learner's copy of the policy, on the filled rows."""
 
         def gradient_step(v_learner, inputs):
             bits, noise = inputs
             batch = replay_sample(replay, bits, filled)
             grad = jax.value_and_grad(critic_loss, has_aux=True)
             (td_loss, q), grads = grad(v_learner.critic, v_learner, batch, noise)
-            updates, opt_state = critic_optimizer.update(grads, v_learner.opt_state, v_learner.critic)
+            updates, opt_state = critic_optimizer.update(
+                grads, v_learner.opt_state, v_learner.critic
+            )
             params = optax.apply_updates(v_learner.critic, updates)
             target = optax.incremental_update(params, v_learner.target_critic, config.tau)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            return v_learner._replace(critic=params, target_critic=target, opt_state=opt_state), losses
+            return v_learner._replace(
+                critic=params, target_critic=target, opt_state=opt_state
+            ), losses
 
         bits_key, noise_key = jax.random.split(key)
         bits = jax.random.bits(bits_key, (gradient_steps, config.batch_size))
@@ -596,11 +705,15 @@ def make_train(config: Config):
         return v_learner, jax.tree.map(jnp.mean, losses)
 
     def learn_policy(p_learner, obs, filled, key, gradient_steps):
-        """Policy updates with the P-learner's copy of the critic, on the first filled rows of the replay's states."""
+        """Policy updates with the P-learner's copy of the critic, on the filled rows of states."""
 
         def gradient_step(p_learner, bits):
-            loss, grads = jax.value_and_grad(policy_loss)(p_learner.policy, p_learner, replay_sample(obs, bits, filled))
-            updates, opt_state = policy_optimizer.update(grads, p_learner.opt_state, p_learner.policy)
+            loss, grads = jax.value_and_grad(policy_loss)(
+                p_learner.policy, p_learner, replay_sample(obs, bits, filled)
+            )
+            updates, opt_state = policy_optimizer.update(
+                grads, p_learner.opt_state, p_learner.policy
+            )
             losses = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads)}
             params = optax.apply_updates(p_learner.policy, updates)
             return p_learner._replace(policy=params, opt_state=opt_state), losses
@@ -610,26 +723,35 @@ def make_train(config: Config):
         return p_learner, jax.tree.map(jnp.mean, losses)
 
     def parallel_cycle(state, filled, keys):
-        """Actor, V-learner and P-learner, none of which reads what another writes, then their exchange."""
+        """Actor, V-learner, P-learner, none reading what another writes; then their exchange."""
         actor, fresh, sums = act(state.actor, keys[0], config.sync_every)
-        v_learner, v_losses = learn_values(state.v_learner, state.replay, filled, keys[1], critic_steps)
-        p_learner, p_losses = learn_policy(state.p_learner, state.replay.obs, filled, keys[2], policy_steps)
+        v_learner, v_losses = learn_values(
+            state.v_learner, state.replay, filled, keys[1], critic_steps
+        )
+        p_learner, p_losses = learn_policy(
+            state.p_learner, state.replay.obs, filled, keys[2], policy_steps
+        )
         actor, v_learner, p_learner = exchange(actor, v_learner, p_learner)
         state = state._replace(v_learner=v_learner, p_learner=p_learner, actor=actor, fresh=fresh)
         return state, (v_losses | p_losses, sums)
 
     def sequential_cycle(state, filled, keys):
-        """Rounds of critic and policy updates, then steps of the environments, each with the newest of all.
+        """Rounds of critic and policy updates, then steps of the environments, each on the newest.
 
-        As many updates as parallel_cycle does; the paper's DDPG(n) does as many of the policy as of the critic.
+        As many updates as parallel_cycle does; the paper's DDPG(n) does as many of the policy as of
+        the critic.
         """
         rounds = math.gcd(critic_steps, policy_steps)
 
         def learn(learners, keys):
             _, v_learner, p_learner = exchange(state.actor, *learners)
-            v_learner, v_losses = learn_values(v_learner, state.replay, filled, keys[0], critic_steps // rounds)
+            v_learner, v_losses = learn_values(
+                v_learner, state.replay, filled, keys[0], critic_steps // rounds
+            )
             p_learner = p_learner._replace(critic=v_learner.critic)
-            p_learner, p_losses = learn_policy(p_learner, state.replay.obs, filled, keys[1], policy_steps // rounds)
+            p_learner, p_losses = learn_policy(
+                p_learner, state.replay.obs, filled, keys[1], policy_steps // rounds
+            )
             return (v_learner, p_learner), v_losses | p_losses
 
         learners, losses = jax.lax.scan(
@@ -637,7 +759,9 @@ def make_train(config: Config):
         )
         actor, _, _ = exchange(state.actor, *learners)
         actor, fresh, sums = act(actor, keys[0], config.sync_every)
-        state = state._replace(v_learner=learners[0], p_learner=learners[1], actor=actor, fresh=fresh)
+        state = state._replace(
+            v_learner=learners[0], p_learner=learners[1], actor=actor, fresh=fresh
+        )
         return state, (jax.tree.map(jnp.mean, losses), sums)
 
     def evaluate(policy_params, statistics, key):
@@ -651,16 +775,24 @@ def make_train(config: Config):
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = policy.apply(policy_params, normalize(obs, statistics))
             physics, obs, reward, terminated, failed = env_step(keys, physics, obs, action)
-            return t + 1, physics, obs, returns + jnp.where(finished, 0, reward), finished | terminated | failed
+            return (
+                t + 1,
+                physics,
+                obs,
+                returns + jnp.where(finished, 0, reward),
+                finished | terminated | failed,
+            )
 
         reset_key, step_key = jax.random.split(key)
         physics, obs = env_reset(jax.random.split(reset_key, config.eval_episodes))
         zeros = jnp.zeros(config.eval_episodes)
         return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
 
-    def plan(key, number):
-        """Of the cycles of an update: the rows that they begin to write at, their keys; the key of the evaluation."""
-        first_rows = rows_before + number * config.num_steps + config.sync_every * jnp.arange(num_cycles)
+    def schedule(key, number):
+        """The first rows that the cycles of an update write, their keys, the evaluation's key."""
+        first_rows = (
+            rows_before + number * config.num_steps + config.sync_every * jnp.arange(num_cycles)
+        )
         cycle_key, eval_key = jax.random.split(jax.random.fold_in(key, number))
         return first_rows, jax.random.split(cycle_key, (num_cycles, 3)), eval_key
 
@@ -677,28 +809,34 @@ def make_train(config: Config):
             "charts/episodic_return": sums["return"] / sums["ended"],
             "charts/episodic_length": sums["length"] / sums["ended"],
             "charts/physics_failures": sums["failed"],
-            "charts/learning_rate": critic_learning_rate(number * config.num_steps * config.critic_updates),
+            "charts/learning_rate": critic_learning_rate(
+                number * config.num_steps * config.critic_updates
+            ),
         }
 
     def is_due(number):
-        return ((number + 1) % max(config.eval_interval, 1) == 0) | (number + 1 == config.num_updates)
+        return ((number + 1) % max(config.eval_interval, 1) == 0) | (
+            number + 1 == config.num_updates
+        )
 
     def update(state, number):
         """num_steps steps of all environments, with all their gradient steps."""
 
         def cycle(state, inputs):
             first_row, keys = inputs
-            # Written before it is read: the other way round the compiled program would copy the whole replay.
+            # Written before it is read: the other way round, XLA would copy the whole replay.
             replay, filled = insert(state.replay, state.fresh, first_row)
             one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
             return one_cycle(state._replace(replay=replay), filled, keys)
 
-        *inputs, eval_key = plan(state.key, number)
+        *inputs, eval_key = schedule(state.key, number)
         state, (losses, sums) = jax.lax.scan(cycle, state, inputs)
         metrics = summarize(number, losses, sums)
         if config.eval_interval:
             inputs = state.p_learner.policy, state.actor.statistics, eval_key
-            metrics["eval/episodic_return"] = jax.lax.cond(is_due(number), evaluate, lambda *_: jnp.nan, *inputs)
+            metrics["eval/episodic_return"] = jax.lax.cond(
+                is_due(number), evaluate, lambda *_: jnp.nan, *inputs
+            )
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
@@ -706,14 +844,17 @@ def make_train(config: Config):
         return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
 
     def train_on_devices(state, num_updates, devices):
-        """train of a state, bit for bit, as three programs for the three devices; a function of the host, not for jit.
+        """train of a state, bit for bit, as programs for three devices; for the host, not for jit.
 
-        Actor, V-learner and P-learner each stay on their device, and what they exchange is put there after each cycle;
-        nothing waits for the host. The replay is on the V-learner's device, its states on the P-learner's as well.
-        Raises ValueError for ddpg_n, in which each waits for the other.
+        Actor, V-learner and P-learner each stay on their device, and what they exchange is put
+        there after each cycle; nothing waits for the host. The replay is on the V-learner's device,
+        its states on the P-learner's as well. Raises ValueError for ddpg_n, in which each waits for
+        the other.
         """
         if config.algorithm == "ddpg_n":
-            raise ValueError("ddpg_n does one thing after the other: it has no use for several devices")
+            raise ValueError(
+                "ddpg_n does one thing after the other: it has no use for several devices"
+            )
 
         def learn_v(replay, fresh, first_row, key, v_learner):
             replay, filled = insert(replay, fresh, first_row)
@@ -724,18 +865,28 @@ def make_train(config: Config):
             return states, *learn_policy(p_learner, states, filled, key, policy_steps)
 
         act_program = jax.jit(lambda actor, key: act(actor, key, config.sync_every))
-        v_program, p_program = jax.jit(learn_v, donate_argnums=0), jax.jit(learn_p, donate_argnums=0)
-        plan_program, summarize_program, evaluate_program = map(jax.jit, (plan, summarize, evaluate))
+        v_program, p_program = (
+            jax.jit(learn_v, donate_argnums=0),
+            jax.jit(learn_p, donate_argnums=0),
+        )
+        schedule_program, summarize_program, evaluate_program = map(
+            jax.jit, (schedule, summarize, evaluate)
+        )
         devices, key, done, all_metrics = tuple(devices), state.key, int(state.update), []
-        buffers = jax.tree.map(jnp.copy, (state.replay, state.replay.obs))  # which the programs write in place
+        # Copies, which the programs write in place.
+        buffers = jax.tree.map(jnp.copy, (state.replay, state.replay.obs))
         replay, states = jax.device_put(buffers, devices[1:])
         three, fresh = jax.device_put(
             ((state.actor, state.v_learner, state.p_learner), state.fresh), (devices, devices[0])
         )
         for number in range(done, done + num_updates):
-            (first_rows, keys, eval_key), cycles = plan_program(key, number), []
+            (first_rows, keys, eval_key), cycles = schedule_program(key, number), []
             for i in range(num_cycles):
-                inputs = keys[i, 0], (fresh, first_rows[i], keys[i, 1]), (fresh.obs, first_rows[i], keys[i, 2])
+                inputs = (
+                    keys[i, 0],
+                    (fresh, first_rows[i], keys[i, 1]),
+                    (fresh.obs, first_rows[i], keys[i, 2]),
+                )
                 act_key, v_inputs, p_inputs = jax.device_put(inputs, devices)
                 actor, v_learner, p_learner = three
                 replay, v_learner, v_losses = v_program(replay, *v_inputs, v_learner)
@@ -743,255 +894,417 @@ def make_train(config: Config):
                 actor, fresh, sums = act_program(actor, act_key)
                 three = jax.device_put(exchange(actor, v_learner, p_learner), devices)
                 cycles.append((v_losses | p_losses, sums))
-            losses, sums = jax.tree.map(lambda *x: jnp.stack(x), *jax.device_put(cycles, devices[0]))
+            losses, sums = jax.tree.map(
+                lambda *x: jnp.stack(x), *jax.device_put(cycles, devices[0])
+            )
             metrics = summarize_program(number, losses, sums)
             if config.eval_interval:
-                inputs = jax.device_put((three[2].policy, three[0].statistics, eval_key), devices[0])
-                metrics["eval/episodic_return"] = evaluate_program(*inputs) if is_due(number) else jnp.float32(jnp.nan)
+                inputs = jax.device_put(
+                    (three[2].policy, three[0].statistics, eval_key), devices[0]
+                )
+                metrics["eval/episodic_return"] = (
+                    evaluate_program(*inputs) if is_due(number) else jnp.float32(jnp.nan)
+                )
             all_metrics.append(metrics)
         actor, v_learner, p_learner = three
-        state = TrainState(v_learner, p_learner, actor, replay, fresh, key, jnp.int32(done + num_updates))
-        return jax.device_put((state, jax.tree.map(lambda *x: jnp.stack(x), *all_metrics)), devices[0])
+        state = TrainState(
+            v_learner, p_learner, actor, replay, fresh, key, jnp.int32(done + num_updates)
+        )
+        return jax.device_put(
+            (state, jax.tree.map(lambda *x: jnp.stack(x), *all_metrics)), devices[0]
+        )
 
     train.on_devices = train_on_devices
     train.init = init
     return train
 
 
+# --- Running it: not needed to copy the algorithm -------------------------------------------------
+
+SCRIPT = Path(__file__)
+# Flags that do not change the results: --resume takes new values of them.
+FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
+
+
 def fail(message: str) -> NoReturn:
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    """End the program with one line and exit code 2."""
+    print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
+def say(message: str) -> None:
+    """Print a line above the progress bar; of several hosts, only the first does."""
+    if jax.process_index() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
 def parse_args(args: list[str]) -> Config:
-    """tyro.cli, which here also takes 1e6 for an integer and --flag=False, and fails in one line."""
-    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
-    args = [re.sub(r"^--([\w-]+)=(?i:(true)|false)$", lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", a) for a in args]
-    errors = io.StringIO()
+    """Flags as tyro takes them, and 1e6 for an integer, --flag=False for --no-flag."""
+    number, boolean = r"^(--[\w-]+=|)(\d+(\.\d+)?[eE]\+?\d+)$", r"^--([\w-]+)=(?i:(true)|false)$"
+    args = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
+    args = [re.sub(boolean, lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", arg) for arg in args]
+    config = tyro.cli(Config, args=args, description=__doc__)
+    if config.resume is not None:
+        saved = load_config(config.resume)
+        config = tyro.cli(Config, args=args, description=__doc__, default=saved)
+        for name, old in vars(saved).items():
+            if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
+                fail(f"--{name.replace('_', '-')} is {new}; a resumed run keeps its own, {old}")
+    return config
+
+
+def load_config(run_dir: str) -> Config:
+    """The configuration of a run of this script, to resume it; fails for any other folder."""
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(Config, args=args, description=__doc__)
-    except SystemExit as stop:
-        if stop.code:
-            text = re.sub("[─│╭╮╰╯]", " ", errors.getvalue()).split("\n", 1)[1]  # a box with a title
-            fail(text.split("For full helptext")[0].replace("Error parsing Config: ", ""))
-        raise
+        flags = json.loads(Path(run_dir, "config.json").read_text())
+        script = flags.pop("script")
+        if script == SCRIPT.stem:
+            return Config(**flags | {"resume": run_dir})
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(f"--resume is {run_dir}; it takes the folder of a run: {error!r}")
+    fail(f"--resume is {run_dir}, a run of {script}.py")
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write to another name and rename: a kill at any moment leaves either file whole."""
-    path.with_suffix(".tmp").write_bytes(data)
-    path.with_suffix(".tmp").replace(path)
+def last_checkpoint(run_dir: str) -> int:
+    """The update of the last checkpoint of a run; fails if it has none."""
+    folder = Path(run_dir, "checkpoints")
+    updates = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    return max(updates) if updates else fail(f"--resume is {run_dir}; it has no checkpoint yet")
 
 
-def start_wandb(config: Config, run_dir: Path) -> list:
-    """A Weights & Biases run for each of up to 16 seeds, then, if there are several, one for their mean."""
-    import wandb  # not at the top: it takes seconds
+def start_devices(config: Config) -> Mesh:
+    """The devices that the seeds are spread over, equally many on each host.
 
-    names = [f"seed-{config.seed + i}" for i in range(config.num_seeds) if config.num_seeds <= 16]
-    names += ["mean"] * (config.num_seeds > 1)
-    shared = {"config": dataclasses.asdict(config), "project": config.wandb_project, "group": run_dir.name}
-    shared |= {"mode": config.wandb_mode, "dir": run_dir, "resume": "allow", "reinit": "create_new"}
-    runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **shared) for name in names]
-    for run in runs:
-        run.define_metric("global_step")
-        run.define_metric("*", step_metric="global_step")
-    return runs
+    A CPU is divided into devices: the fewest that keep all cores busy, with one thread (NPROC) each
+    where batches are small.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
+    threads = cores // num_devices if config.batch_size >= 4096 else 1
+    os.environ.setdefault("NPROC", str(max(threads, 1)))
+    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    try:
+        if config.distributed and not jax.distributed.is_initialized():
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed finds no cluster: {error}") from error
 
-
-def plot_returns(path: Path, table: np.ma.MaskedArray, names: list[str], title: str) -> str:
-    """Plot the returns in table [num_updates, num_seeds, names]; tell the last ones, mean ± standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="environment steps of a seed", ylabel="episodic return", title=title)
-    summary = []
-    for name in [name for name in names if name.endswith("episodic_return")]:
-        known = table[~np.ma.getmaskarray(table[..., names.index(name)]).all(axis=1)]
-        if len(known):
-            steps, returns = known[:, 0, names.index("global_step")], known[..., names.index(name)]
-            mean, std = returns.mean(axis=1), returns.std(axis=1)
-            axes.plot(steps, mean, label=name)
-            axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
-            summary.append(f"{name} {mean[-1]:.1f} ± {std[-1]:.1f}")
-    if summary:
-        axes.legend()
-    figure.savefig(path, dpi=150)
-    return f"{', '.join(summary)} (mean ± standard deviation over seeds)" if summary else "no episode has ended"
+    hosts, local = jax.process_count(), jax.local_device_count()
+    per_host = [n for n in range(1, local + 1) if config.num_seeds % (n * hosts) == 0]
+    if not per_host:
+        raise ValueError(f"--num-seeds is {config.num_seeds}; it takes a multiple of {hosts} hosts")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.reshape(devices, (hosts, local))[:, : per_host[-1]].ravel(), ("seeds",))
 
 
 def check_memory(config: Config, replay: Transition) -> None:
     """Raises ValueError if the replays of all seeds take more than there is."""
-    needed = config.num_seeds * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(replay)) / 2**30
-    num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(replay)) / 2**30
+    needed *= config.num_seeds / jax.process_count()
     stats = jax.local_devices()[0].memory_stats()
     if stats:
-        memory = stats["bytes_limit"] * num_devices / 2**30
-    else:  # a CPU, where up to four copies stand beside each other while a checkpoint is written
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / 5
+        memory = stats["bytes_limit"] * jax.local_device_count() / 2**30
+    elif hasattr(os, "sysconf"):  # a CPU: room for a copy while a checkpoint is written
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # a container's limit
+                limits.append(int(Path(path).read_text()))
+        memory = min(limits) / 2**30 / 3
+    else:
+        return
     if needed > memory:
-        room = (
-            f"it takes what fits in {memory:.1f} GiB, and --num-seeds {config.num_seeds} of them are {needed:.1f} GiB"
-        )
-        raise ValueError(f"--buffer-size is {config.buffer_size}; {room}")
+        room = f"what fits in {memory:.1f} GiB; {config.num_seeds} seeds take {needed:.1f} GiB"
+        raise ValueError(f"--buffer-size is {config.buffer_size}; it takes {room}")
+
+
+def make_programs(config: Config, train, mesh: Mesh):
+    """init(0, seeds) -> states and run_chunk(update, states) -> (states, metrics), of all seeds."""
+    check_memory(config, jax.eval_shape(train.init, jax.random.key(0)).replay)
+    # Chunks of about 65,536 steps, all of one size, so that one program runs them all.
+    most = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
+    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)
+    by_seed, on_all = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
+
+    def init(update, seed):
+        return train.init(jax.random.key(seed))
+
+    def run_chunk(update, state):
+        return train(state=state._replace(update=update), num_updates=chunk_size)
+
+    def over_seeds(function, out_shardings, **options):
+        def on_device(update, inputs):
+            # The update number is not batched, so that evaluation stays a branch.
+            of_seed = functools.partial(function, update)
+            on_cpu = jax.default_backend() == "cpu"  # where a batch of small matrices is slower
+            return jax.lax.map(of_seed, inputs) if on_cpu else jax.vmap(of_seed)(inputs)
+
+        specs = {"in_specs": (on_all.spec, by_seed.spec), "out_specs": by_seed.spec}
+        on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
+        return jax.jit(on_devices, out_shardings=out_shardings, **options)
+
+    return over_seeds(init, by_seed), over_seeds(run_chunk, (by_seed, on_all), donate_argnums=1)
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of the run: the one to resume, or a new name that all hosts agree on."""
+    if config.resume is not None:
+        return Path(config.resume)
+    milliseconds = np.array(divmod(time.time_ns() // 10**6, 10**6), np.int32)
+    high, low = multihost_utils.broadcast_one_to_all(milliseconds)
+    name = f"{SCRIPT.stem}__{config.env_id}__{config.seed}__{high}{low:06}"
+    return Path(config.runs_dir, name)
+
+
+def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
+    """The states after an update and the seconds spent on them; fails if they cannot be read."""
+    args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
+    try:
+        saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
+    except Exception as error:  # of many kinds
+        fail(f"--resume: {checkpoints.directory} cannot be read: {error}")
+    return saved.states, saved.seconds
+
+
+def start_wandb(config: Config, run_dir: Path) -> list:
+    """A Weights & Biases run for each seed, in a group; above 16 seeds, one for their mean."""
+    if config.wandb_mode == "disabled":
+        return []
+    import wandb  # not at the top: it takes seconds
+
+    names = [f"seed-{config.seed + i}" for i in range(config.num_seeds)]
+    names = names if len(names) <= 16 else ["mean"]
+    options = {"project": config.wandb_project, "entity": config.wandb_entity}
+    options |= {"group": run_dir.name, "tags": config.wandb_tags, "mode": config.wandb_mode}
+    options |= {"config": dataclasses.asdict(config), "dir": run_dir, "resume": "allow"}
+    options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
+    try:
+        runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
+    except wandb.Error as error:
+        if config.resume is None:
+            shutil.rmtree(run_dir)
+        raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
+    if config.wandb_mode == "online":
+        say(f"Weights & Biases: {runs[0].url}")
+    return runs
+
+
+def is_nan(config: Config, metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Where the loss or its gradient is NaN, [num_seeds, updates]."""
+    return np.isnan(metrics["losses/grad_norm"])
+
+
+class Recorder:
+    """What the first host writes and tells while a run goes on."""
+
+    def __init__(self, config: Config, run_dir: Path, columns: list[str], update: int):
+        """Goes on after an update. Raises ValueError if metrics.csv lacks rows up to it."""
+        self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
+        header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
+        lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
+        if lines[0] != header or len(lines) < num_lines:
+            raise ValueError(f"{self.csv} lacks rows or has other columns than {header}")
+        if update:
+            os.truncate(self.csv, len("".join(lines[:num_lines])))
+            (run_dir / "metadata.json").unlink(missing_ok=True)
+        else:
+            self.csv.write_text(header)
+            flags = {"script": SCRIPT.stem} | dataclasses.asdict(config)
+            (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
+        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
+        update_steps = config.steps_per_update * config.num_seeds
+        total, initial = config.num_updates * update_steps, update * update_steps
+        self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)
+        self.told_at = time.monotonic()
+
+    def record(self, update: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics [num_seeds, chunk_size] of the updates after the given one."""
+        metrics = jax.device_get(metrics)
+        seeds = self.config.seed + np.arange(self.config.num_seeds)
+        metrics["seed"] = np.broadcast_to(seeds[:, None], metrics["global_step"].shape)
+        rows = pd.DataFrame({name: metrics[name].T.ravel() for name in self.columns})
+        with self.csv.open("a") as file:
+            rows.to_csv(file, header=False, index=False, float_format="%.10g", na_rep="nan")
+        self.unlogged.append(rows)
+
+        for seed, nans in zip(seeds, is_nan(self.config, metrics), strict=True):
+            if nans.any() and seed not in self.nan_seeds:
+                self.nan_seeds.add(seed)
+                first = update + 1 + nans.argmax()
+                say(f"seed {seed}: NaN in the loss or its gradient from update {first} on")
+
+        mean_return = f"return {rows['charts/episodic_return'].mean():.1f}"
+        self.bar.set_postfix_str(mean_return, refresh=False)
+        self.bar.update(len(rows) * self.config.steps_per_update)
+        # Where no terminal shows the bar, a line for the log.
+        if self.bar.disable and time.monotonic() - self.told_at >= 30:
+            self.told_at = time.monotonic()
+            update += metrics["seed"].shape[1]
+            say(f"update {update} of {self.config.num_updates}, {mean_return}")
+
+    def log(self) -> None:
+        """Sends to wandb what a checkpoint covers, so that a resumed run sends nothing twice."""
+        for chunk in self.unlogged if self.wandb_runs else []:
+            for step, rows in chunk.drop(columns="seed").groupby("global_step"):
+                if len(self.wandb_runs) < len(rows):  # the mean, and the deviation of what varies
+                    stds = rows.loc[:, rows.nunique() > 1].std().add_suffix("_std")
+                    rows = pd.concat([rows.mean(), stds]).to_frame().T
+                for run, (_, row) in zip(self.wandb_runs, rows.iterrows(), strict=True):
+                    run.log(row.dropna().to_dict(), step=step)
+        self.unlogged = []
+
+    def close(self) -> None:
+        self.bar.close()
+        for run in self.wandb_runs:
+            run.finish()
+
+
+@contextlib.contextmanager
+def caught_signals(message: str):
+    """A list that Ctrl-C and SIGTERM go into: the first prints message, the second interrupts."""
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        say(message)
+
+    # Python takes handlers in the main thread alone; a sweep agent of wandb calls main in another.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def plot_returns(config: Config, run_dir: Path) -> str:
+    """Plots the returns in metrics.csv over all seeds; tells the last ones in words."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    table = pd.read_csv(run_dir / "metrics.csv")
+    several = config.num_seeds > 1
+    title = f"{SCRIPT.stem}, {config.env_id}"
+    title += f", {config.num_seeds} seeds: mean, lowest to highest" if several else ""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="environment steps per seed", ylabel="return", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    words = []
+    for kind, label in (("charts", "while exploring"), ("eval", "greedy")):
+        name = f"{kind}/episodic_return"
+        measured = table.dropna(subset=name) if name in table else table[:0]
+        if measured.empty:
+            continue
+        returns = measured.groupby("global_step")[name].agg(["mean", "min", "max"])
+        style = "o-" if len(returns) <= 30 else "-"
+        axes.plot(returns.index, returns["mean"], style, label=label)
+        axes.fill_between(returns.index, returns["min"], returns["max"], alpha=0.2)
+        axes.legend()
+        # The last evaluation, or the mean over the last tenth of training.
+        since = returns.index[-1] if label == "greedy" else 0.9 * returns.index[-1]
+        by_seed = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
+        spread = f" (seeds {by_seed.min():.1f} to {by_seed.max():.1f})" if several else ""
+        words.append(f"{label} {by_seed.mean():.1f}{spread}")
+    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    return f"return {', '.join(words)}" if words else "no episode has ended"
+
+
+def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
+    """Writes the parameters, the curve and the metadata, and tells how the run went."""
+    (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
+    print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
+    steps = metadata["updates"] * config.steps_per_update * config.num_seeds
+    metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
+    packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "numpy")
+    metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
+    (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
+    times = "{run_seconds:.1f} s, after {compile_seconds:.1f} s of compiling".format(**metadata)
+    print(f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, {times}")
+    print(f"in {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
 
 
 def main(config: Config) -> Path:
-    """Train num_seeds seeds over all devices, a chunk of updates at a time; returns the folder of the run."""
-    run_dir = Path(config.runs_dir, f"{Path(__file__).stem}__{config.env_id}__{config.seed}__{time.time_ns() // 10**6}")
-    try:
-        if config.resume is not None:
-            if config != Config(resume=config.resume):
-                raise ValueError("takes no other flags, the run keeps its own")
-            run_dir = Path(config.resume).resolve()
-            config = Config(**json.loads((run_dir / "config.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}")
-    # On a CPU: seeds side by side, on the least number of devices that keeps all cores busy, or else the greatest; one
-    # thread (NPROC) each where a batch is small.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
-    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
-    os.environ.setdefault("NPROC", str(max(1, cores // num_devices) if config.batch_size >= 4096 else 1))
-    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
-        jax.config.update("jax_num_cpu_devices", num_devices)
-    try:
+    """Trains all seeds, a chunk of updates at a time; returns the folder of the run."""
+    is_new = config.resume is None
+    done = 0 if is_new else last_checkpoint(config.resume)
+    if done == config.num_updates and Path(config.resume, "metadata.json").exists():
+        print(f"{config.resume} is finished: it has all of its {done} updates")
+        return Path(config.resume)
+    seeds = config.seed + np.arange(config.num_seeds)
+    seconds = {"compile_seconds": 0.0, "run_seconds": 0.0}
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax would log what fail says in a line
+    try:  # before compiling, all that can fail for a reason outside of this script
+        mesh = start_devices(config)
+        run_dir = run_folder(config)
+        device = f"{mesh.size} x {jax.devices()[0].device_kind}"
+        title = f"{config.env_id}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {device}"
+        since = f", from update {done}" if done else ""
+        say(f"{SCRIPT.stem}: {title}, in {run_dir}{since}; compiling takes seconds to a minute")
         train = make_train(config)
-        check_memory(config, jax.eval_shape(train.init, jax.random.key(0)).replay)
-    except ValueError as error:
+        started = time.monotonic()
+        init, run_chunk = make_programs(config, train, mesh)
+        shapes = init.eval_shape(0, seeds)
+        run_chunk = run_chunk.lower(np.int32(0), shapes)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
+        if not is_new:
+            states, seconds = restore(checkpoints, done, shapes)
+        columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
+        recorder = Recorder(config, run_dir, columns, done) if is_first_host else None
+    except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
+    if is_new:
+        states = init(0, seeds)
+    run_chunk = run_chunk.compile()
+    saved_at = time.monotonic()
+    seconds["compile_seconds"] += saved_at - started
 
-    num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
-    mesh = jax.sharding.Mesh(jax.devices()[:num_devices], ("seeds",))
-    update_steps = config.steps_per_update * config.num_seeds
-
-    def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
-        return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
-
-    def proceed(states):  # all seeds have the same update number: outside vmap it leaves evaluation a branch
-        update = states.update[0]
-        return over_seeds(lambda state: train(state=state._replace(update=update), num_updates=chunk_size), states)
-
-    def on_devices(function, **options):
-        seeds = PartitionSpec("seeds")
-        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False), **options)
-
-    def is_key(x):  # dm_control keeps keys in its states
-        return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-    def wrap(data):
-        return jax.random.wrap_key_data(jnp.asarray(data))
-
-    def put(new, old):
-        """The new array where the old one was, which goes first: two replays may not fit."""
-        new, sharding = new.reshape(old.shape), old.sharding  # reshape raises if the checkpoint is of other sizes
-        old.delete()
-        return jax.device_put(new, sharding)
-
-    started = time.time()
-    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    states = on_devices(lambda keys: over_seeds(train.init, keys))(keys)
-    checkpoint, csv = run_dir / "checkpoint.msgpack", run_dir / "metrics.csv"
-    if checkpoint.exists():
-        try:
-            leaves = serialization.from_bytes(jax.tree.leaves(states), checkpoint.read_bytes())
-            saved = jax.tree.unflatten(jax.tree.structure(states), leaves)
-            saved = jax.tree.map(lambda x, old: wrap(x) if is_key(old) else x, saved, states)
-            states = jax.tree.map(put, saved, states)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
-    first = done = int(states.update[0])
-    most = max(1, 2**16 // update_steps)  # about 65,536 steps between two looks at the host
-    # All chunks are of one size, so that one program runs them all.
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
-    # Shapes, not arrays: a resumed run then lowers to the program of the first, which a compilation cache has.
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
-    lowered = on_devices(proceed, donate_argnums=0).lower(shapes)
-    names = sorted(lowered.out_info[1])
-    head = ",".join(["seed", *names])
-    rows = csv.read_text().splitlines() if csv.exists() else [head]
-    if rows[0] != head or len(rows) <= first * config.num_seeds:
-        fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
-    run_chunk = lowered.compile()
-    compile_seconds = time.time() - started
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
-    replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())
-    runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
-    bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
-    nan_seeds, stops, pending = set(), [], []
-
-    def record(number, metrics):
-        """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
-        metrics = jax.device_get(metrics)
-        table = np.stack([metrics[name] for name in names], axis=-1).swapaxes(0, 1)
-        seeds = np.broadcast_to(config.seed + np.arange(config.num_seeds)[:, None], (*table.shape[:2], 1))
-        with csv.open("a") as file:
-            np.savetxt(file, np.concatenate([*np.concatenate([seeds, table], axis=-1)]), fmt="%.10g", delimiter=",")
-        nans = np.isnan(metrics["losses/grad_norm"])
-        for seed in set(np.flatnonzero(nans.any(axis=1))) - nan_seeds:
-            nan_seeds.add(seed)
-            first_nan = number + nans[seed].argmax() + 1
-            text = f"seed {config.seed + seed}: NaN in the loss or its gradient from update {first_nan} on"
-            bar.write(text, file=sys.stderr)
-        for rows in np.ma.masked_invalid(table) if runs else []:
-            means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
-            logs = [dict(zip(names, row, strict=True)) for row in rows if len(rows) <= 16]  # as start_wandb has runs
-            for run, log in zip(runs, [*logs, means][: len(runs)], strict=True):
-                run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
-        mean_return = np.ma.filled(np.ma.masked_invalid(metrics["charts/episodic_return"]).mean(), np.nan)
-        bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        bar.update(len(table) * update_steps)
-
-    def stop(*_):
-        stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL))  # the next Ctrl-C does not wait for the updates
-
-    handler = signal.signal(signal.SIGINT, stop)
-    saved_at = started = time.time()
-    is_last = done == config.num_updates
-    while not is_last:
-        states, metrics = run_chunk(states)  # not waited for: the chunk before is recorded while this one runs
-        pending.append((done, metrics))
-        done += chunk_size
-        is_last = done == config.num_updates or len(stops) > 0
-        save_now = is_last or time.time() - saved_at >= config.checkpoint_interval
-        while len(pending) > (0 if save_now else 1):
-            record(*pending.pop(0))
-        if save_now:
-            host_states = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, states))
-            replace(checkpoint, serialization.to_bytes(jax.tree.leaves(host_states)))  # flax knows no states of MuJoCo
-            saved_at = time.time()
-    seconds = time.time() - started
-    bar.close()
-    replace(run_dir / "params.msgpack", serialization.to_bytes(jax.device_get(states.params)))
-
-    table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
-    steps = int(table[-1, 0, names.index("global_step")])
-    title = f"{config.algorithm.upper()}, {config.env_id}, {config.num_seeds} seed{'s' * (config.num_seeds > 1)}"
-    summary = plot_returns(run_dir / "learning_curve.png", np.ma.masked_invalid(table), names, title)
-    metadata = {
-        "device": f"{num_devices} x {jax.devices()[0].device_kind}",
-        "compile_seconds": compile_seconds,
-        "run_seconds": seconds,
-        "steps_per_second": (done - first) * update_steps / seconds,
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "numpy")},
-    }
-    with contextlib.suppress(OSError):  # no git here
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        metadata["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    replace(run_dir / "metadata.json", json.dumps(metadata, indent=2).encode())
-    for run in runs:
-        run.finish()
-    print(f"{title}: {done} of {config.num_updates} updates, {steps:,} environment steps a seed")
-    speed = f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}"
-    print(f"{seconds:.1f} s, {speed}, after {compile_seconds:.1f} s of compiling")
-    print(f"{summary}\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
+    pending, stopping = [], False
+    try:
+        with caught_signals(to_resume) as signals:
+            while done < config.num_updates and not stopping:
+                states, metrics = run_chunk(np.int32(done), states)
+                while recorder and pending:  # the chunk before is recorded while this one runs
+                    recorder.record(*pending.pop())
+                pending.append((done, metrics))
+                done += metrics["global_step"].shape[1]
+                while not all(x.is_ready() for x in metrics.values()):
+                    time.sleep(0.001)  # outside of JAX, where Python sees signals
+                is_due = time.monotonic() - saved_at >= config.checkpoint_interval
+                flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
+                stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
+                if stopping or is_due or done == config.num_updates:
+                    if recorder:
+                        recorder.record(*pending.pop())
+                    seconds["run_seconds"] += time.monotonic() - saved_at
+                    saved_at = time.monotonic()
+                    save = {"states": ocp.args.StandardSave(states)}
+                    save |= {"seconds": ocp.args.JsonSave(seconds)}
+                    checkpoints.save(done, args=ocp.args.Composite(**save))
+                    if recorder:
+                        recorder.log()
+    except KeyboardInterrupt:
+        say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        raise
+    except (OSError, ValueError) as error:  # a full disk
+        fail(f"{error}; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+    params = multihost_utils.process_allgather(states.params, tiled=True)
+    if recorder:
+        recorder.close()
+        save_results(config, run_dir, params, seconds | {"updates": done, "device": device})
     if done < config.num_updates:
-        print(f"To go on: python {Path(__file__).name} --resume {run_dir}")
-    signal.signal(signal.SIGINT, handler)
+        say(to_resume)
     return run_dir
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    try:
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: an ordinary exit waits for the chunk that runs

@@ -1,29 +1,36 @@
 """PQN with lambda-returns, on any gymnax environment with Box observations and Discrete actions.
 
-Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025, arXiv 2407.04811.
-Unlike DQN it has no replay buffer and no target network: layer normalisation keeps Q-learning stable, many parallel
-environments decorrelate its data, and each rollout is used for a few epochs on its lambda-returns and then dropped.
+Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
+arXiv 2407.04811. Unlike DQN it has no replay buffer and no target network: layer normalisation
+keeps Q-learning stable, many parallel environments decorrelate its data, and each rollout is used
+for a few epochs on its lambda-returns and then dropped.
 
-    python pqn_cartpole.py --num-seeds 8                # as a script: trains, plots, saves; --help lists the flags
+    python pqn_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
 
-    from pqn_cartpole import Config, make_train         # as a library: a pure function from a key to results
+    from pqn_cartpole import Config, make_train     # as a library: a pure function of a key
     state, metrics = jax.jit(jax.vmap(make_train(Config())))(jax.random.split(jax.random.key(0), 8))
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.10,<0.12", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2", "six>=1.16,<2",
-#   "tyro>=1.0,<2", "tqdm>=4.66,<5", "matplotlib>=3.8,<4", "wandb>=0.31,<0.32", "numpy>=2,<3"]
+# dependencies = [
+#   "jax>=0.10,<0.12", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2",
+#   "six>=1.16,<2", "orbax-checkpoint>=0.12,<0.13", "tyro>=1.0,<2", "tqdm>=4.66,<5",
+#   "matplotlib>=3.8,<4", "pandas>=2.2,<4", "wandb>=0.31,<0.32", "numpy>=2,<3",
+# ]
 # ///
 
 import contextlib
 import dataclasses
-import io
+import functools
 import json
+import logging
+import math
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -34,10 +41,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+import pandas as pd
 import tyro
 from flax import serialization
-from jax.sharding import PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
+
+# --- Configuration --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +61,27 @@ class Config:
     num_seeds: int = 1
     """Independent runs to train at once, spread over all devices."""
     total_timesteps: int = 500_000
-    """Environment steps of a seed, over all its environments; rounded down to whole updates."""
-    resume: str | None = None
-    """Folder of a run to go on with from its last checkpoint; its configuration is read from there."""
+    """Environment steps per seed, over all its environments; rounded down to whole updates."""
 
     env_id: str = "CartPole-v1"
     """gymnax environment; its observations are flattened."""
     num_envs: int = 32
-    """Environments of a seed, stepped in parallel."""
+    """Parallel environments per seed."""
     num_steps: int = 64
     """Steps of each environment in a rollout."""
 
     learning_rate: float = 1e-4
     """Step size of RAdam."""
     anneal_lr: bool = True
-    """Let the learning rate fall linearly to zero."""
+    """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float = 0.95
     """Lambda of the returns: 0 for one-step targets, 1 for Monte Carlo."""
     epsilon_start: float = 1.0
-    """Probability of a random action at first."""
+    """Initial exploration rate."""
     epsilon_finish: float = 0.2
-    """Probability of a random action after the decay."""
+    """Final exploration rate."""
     epsilon_decay: float = 0.2
     """Fraction of the run in which epsilon falls linearly."""
     num_epochs: int = 4
@@ -81,7 +91,7 @@ class Config:
     max_grad_norm: float = 10.0
     """Global norm that gradients are clipped to."""
     reward_scale: float = 0.1
-    """Factor on the rewards that are learned from; reported returns are without it."""
+    """Scale of training rewards; reported returns are unscaled."""
     norm: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"
     """Normalisation after every hidden layer."""
     hidden_size: int = 256
@@ -89,7 +99,7 @@ class Config:
     num_layers: int = 2
     """Hidden layers."""
     bootstrap_on_truncation: bool = True
-    """Bootstrap where a time limit cut an episode; without it the cut is a termination, as in PureJaxQL."""
+    """Bootstrap at time limits; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int = 12
     """Updates between two greedy evaluations (the last update always has one); 0 for none."""
@@ -97,32 +107,58 @@ class Config:
     """Episodes of an evaluation, each in an environment of its own."""
 
     runs_dir: str = "runs"
-    """Folder for the folders of runs."""
+    """Where run folders go."""
+    resume: str | None = None
+    """Run folder to resume from its last checkpoint, with its own flags."""
     checkpoint_interval: float = 60.0
     """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    distributed: bool = False
+    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases logging; WANDB_ENTITY says for whom."""
+    """Weights & Biases logging."""
     wandb_project: str = "pqn"
     """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases team (default: WANDB_ENTITY)."""
+    wandb_tags: tuple[str, ...] = ()
+    """Weights & Biases tags."""
 
-    batch_size = property(lambda self: self.num_envs * self.num_steps, doc="Transitions of a rollout.")
-    num_gradient_steps = property(lambda self: self.num_epochs * self.num_minibatches, doc="Of an update.")
-    num_updates = property(lambda self: self.total_timesteps // self.batch_size, doc="Rollouts of a run.")
+    batch_size = property(lambda self: self.num_envs * self.num_steps, doc="Steps per rollout.")
+    steps_per_update = batch_size
+    num_gradient_steps = property(lambda self: self.num_epochs * self.num_minibatches)
+    num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; traced values are not looked at."""
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            low = 1 if field.type is int and name not in ("seed", "eval_interval") else 0
-            is_fraction = field.type is float and name not in ("max_grad_norm", "reward_scale", "checkpoint_interval")
-            high = 1 if is_fraction else 2**31 - 1
-            if field.type in (int, float) and isinstance(value, int | float) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it takes a number from {low} to {high}")
-        batch = f"--num-envs * --num-steps, which is {self.batch_size}"
+        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
+                object.__setattr__(self, name, value.item())
+            if isinstance(value, list):  # from JSON
+                object.__setattr__(self, name, tuple(value))
+        for low, high, names in LIMITS:
+            for name in names.split():
+                value = getattr(self, name)
+                if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{flag} is {value}; it takes a number from {low} to {high}")
+        rollout = f"--num-envs {self.num_envs} * --num-steps {self.num_steps}"
         if self.batch_size % self.num_minibatches:
-            raise ValueError(f"--num-minibatches is {self.num_minibatches}; it takes a divisor of {batch}")
+            minibatches = f"--num-minibatches is {self.num_minibatches}"
+            raise ValueError(f"{minibatches}; it must divide {rollout}")
         if self.num_updates == 0:
-            raise ValueError(f"--total-timesteps is {self.total_timesteps}; it takes at least {batch}")
+            raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
+
+
+# From, to, and the fields that take a number between them.
+LIMITS = [
+    (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps num_epochs num_minibatches"),
+    (1, 2**31 - 1, "hidden_size num_layers eval_episodes"),
+    (0, 2**31 - 1, "seed eval_interval"),
+    (0, 1, "learning_rate gamma td_lambda epsilon_start epsilon_finish epsilon_decay"),
+    (0, math.inf, "max_grad_norm reward_scale checkpoint_interval"),
+]
+
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class QNetwork(nn.Module):
@@ -143,15 +179,76 @@ class QNetwork(nn.Module):
         return nn.Dense(self.num_actions)(x)
 
 
+# --- Equations ------------------------------------------------------------------------------------
+
+
+def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
+    num_actions = q_values.shape[-1]
+    uniform = jax.random.uniform(key, q_values.shape[:-1])
+    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
+    random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
+    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1))
+
+
+def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
+    """Q(lambda) targets G of a rollout (PQN, section 4), with terminated and truncated kept apart.
+
+        G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
+        l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
+
+    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q of where step t led, before a reset.
+    """
+    trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
+
+    def step(next_return, inputs):
+        reward, next_value, terminated, trace = inputs
+        target = reward + gamma * ~terminated * ((1 - trace) * next_value + trace * next_return)
+        return target, target
+
+    return jax.lax.scan(
+        step, next_values[-1], (rewards, next_values, terminated, trace), reverse=True
+    )[1]
+
+
+# --- Environment ----------------------------------------------------------------------------------
+
+
+def make_env(env_id: str):
+    """The gymnax environment, flattened and logging its episodes, and its parameters.
+
+    Raises ValueError for an unknown id, and unless observations are Box and actions Discrete.
+    """
+    import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+    from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+
+    if env_id not in gymnax.registered_envs:
+        known = ", ".join(gymnax.registered_envs)
+        raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
+    env, params = gymnax.make(env_id)
+    spaces = [
+        type(space).__name__ for space in (env.observation_space(params), env.action_space(params))
+    ]
+    if spaces != ["Box", "Discrete"]:
+        takes = "it takes one with ['Box', 'Discrete']"
+        raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
+    return LogWrapper(FlattenObservationWrapper(env)), params
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
 class TrainState(NamedTuple):
-    """All that training needs to go on; saved, it is a checkpoint."""
+    """The complete training state; saved, it is a checkpoint."""
 
     variables: Any  # flax's: params and, for batch norm, batch_stats
     opt_state: Any
     env_state: Any
     obs: jax.Array  # [num_envs, obs_dim]
-    key: jax.Array  # the seed's, for the whole run: each update folds in its number
-    update: jax.Array  # updates done
+    key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
+    update: jax.Array  # updates so far
+
+    params = property(lambda self: self.variables, doc="What a trained agent needs.")
 
 
 class Transition(NamedTuple):
@@ -163,61 +260,18 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     truncated: jax.Array
-    info: dict[str, jax.Array]  # final_observation: where the step led, before any reset; returned_episode, ...
-
-
-def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """Actions [...] for q_values [..., num_actions]: uniform with probability epsilon, greedy otherwise."""
-    num_actions = q_values.shape[-1]
-    uniform = jax.random.uniform(key, q_values.shape[:-1])
-    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides whether and what to explore.
-    random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
-    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1))
-
-
-def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
-    """Q(lambda) targets G of a rollout (PQN, section 4), with terminated and truncated kept apart.
-
-        G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
-        l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
-
-    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q of where step t led, before any reset.
-    """
-    trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
-
-    def step(next_return, inputs):
-        reward, next_value, terminated, trace = inputs
-        target = reward + gamma * ~terminated * ((1 - trace) * next_value + trace * next_return)
-        return target, target
-
-    return jax.lax.scan(step, next_values[-1], (rewards, next_values, terminated, trace), reverse=True)[1]
-
-
-def make_env(env_id: str):
-    """The gymnax environment, flattened and logging its episodes, and its parameters.
-
-    Raises ValueError for an unknown id and for spaces other than Box observations and Discrete actions.
-    """
-    import gymnax  # not at the top: it takes seconds, and starts JAX before main has chosen the devices
-    from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
-
-    if env_id not in gymnax.registered_envs:
-        raise ValueError(f"--env-id is {env_id}; it takes one of {', '.join(gymnax.registered_envs)}")
-    env, params = gymnax.make(env_id)
-    spaces = [type(space).__name__ for space in (env.observation_space(params), env.action_space(params))]
-    if spaces != ["Box", "Discrete"]:
-        raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; it takes one with ['Box', 'Discrete']")
-    return LogWrapper(FlattenObservationWrapper(env)), params
+    info: dict[str, jax.Array]  # final_observation (where the step led), returned_episode, ...
 
 
 def make_train(config: Config):
-    """PQN as a pure function train(key=None, state=None, num_updates=config.num_updates) -> (TrainState, metrics).
+    """PQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state. metrics is a flat dict of arrays [num_updates]:
-    returns are NaN in an update in which no episode ended, eval/* in one without an evaluation. jit it, vmap it over
-    keys, or over floats of config.
-    To vmap over states, take the update number out of the batch, or every update pays for an evaluation:
-    train(state=state._replace(update=states.update[0])).
+    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
+    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
+    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
+    floats of config.
+    To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
+    vmap turns the cond into a select and every update evaluates.
     Raises ValueError as make_env does.
     """
     env, env_params = make_env(config.env_id)
@@ -225,7 +279,9 @@ def make_train(config: Config):
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
     # Time limits in a rollout, at most: as many final observations are evaluated for the targets.
-    max_truncations = config.num_envs * (1 + config.num_steps // int(env_params.max_steps_in_episode))
+    max_truncations = config.num_envs * (
+        1 + config.num_steps // int(env_params.max_steps_in_episode)
+    )
 
     def learning_rate(gradient_step):
         progress = gradient_step / (config.num_updates * config.num_gradient_steps)
@@ -239,14 +295,18 @@ def make_train(config: Config):
         key, params_key, reset_key = jax.random.split(key, 3)
         obs, env_state = env_reset(jax.random.split(reset_key, config.num_envs), env_params)
         variables = network.init(params_key, obs)
-        return TrainState(variables, optimizer.init(variables["params"]), env_state, obs, key, jnp.int32(0))
+        return TrainState(
+            variables, optimizer.init(variables["params"]), env_state, obs, key, jnp.int32(0)
+        )
 
     def collect(state, epsilon, key):
         def step(carry, keys):
             obs, env_state = carry
             q = network.apply(state.variables, obs)
             action = epsilon_greedy(keys[0], q, epsilon)
-            next_obs, env_state, reward, terminated, truncated, info = env_step(keys[1:], env_state, action, env_params)
+            next_obs, env_state, reward, terminated, truncated, info = env_step(
+                keys[1:], env_state, action, env_params
+            )
             transition = Transition(obs, action, q.max(-1), reward, terminated, truncated, info)
             return (next_obs, env_state), transition
 
@@ -255,21 +315,32 @@ def make_train(config: Config):
         return state._replace(obs=obs, env_state=env_state), rollout
 
     def targets(state, rollout):
-        # The value of where step t led is value[t + 1], known from the rollout, but for two cases: after a time limit
-        # the next row begins another episode, and the last row has none. There the network sees final_observation.
+        # The value of where step t led is value[t + 1], known from the rollout, except in two
+        # cases: after a time limit the next row begins another episode, and the last row has none.
+        # There the network sees final_observation.
         final_observation = rollout.info["final_observation"]
         last_value = network.apply(state.variables, final_observation[-1:]).max(-1)
         next_values = jnp.concatenate([rollout.value[1:], last_value])
-        (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=max_truncations, fill_value=config.batch_size)
+        (cut,) = jnp.nonzero(
+            rollout.truncated.ravel(), size=max_truncations, fill_value=config.batch_size
+        )
         cut_obs = final_observation.reshape(config.batch_size, *final_observation.shape[2:])[cut]
         cut_values = network.apply(state.variables, cut_obs).max(-1)
-        next_values = next_values.ravel().at[cut].set(cut_values, mode="drop").reshape(next_values.shape)
-        terminated = rollout.terminated | (False if config.bootstrap_on_truncation else rollout.truncated)
+        next_values = (
+            next_values.ravel().at[cut].set(cut_values, mode="drop").reshape(next_values.shape)
+        )
+        terminated = rollout.terminated | (
+            False if config.bootstrap_on_truncation else rollout.truncated
+        )
         rewards = config.reward_scale * rollout.reward
-        return lambda_returns(rewards, next_values, terminated, rollout.truncated, config.gamma, config.td_lambda)
+        return lambda_returns(
+            rewards, next_values, terminated, rollout.truncated, config.gamma, config.td_lambda
+        )
 
     def loss(params, variables, obs, action, target):
-        q, updated = network.apply(variables | {"params": params}, obs, train=True, mutable=["batch_stats"])
+        q, updated = network.apply(
+            variables | {"params": params}, obs, train=True, mutable=["batch_stats"]
+        )
         chosen = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
         return 0.5 * jnp.square(chosen - target).mean(), (chosen.mean(), updated)
 
@@ -280,18 +351,24 @@ def make_train(config: Config):
             grad = jax.value_and_grad(loss, has_aux=True)
             (td_loss, (q, updated)), grads = grad(variables["params"], variables, *minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
-            variables = variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
+            variables = (
+                variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
+            )
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            return (variables, opt_state), {f"losses/{name}": value for name, value in losses.items()}
+            return (variables, opt_state), {
+                f"losses/{name}": value for name, value in losses.items()
+            }
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
-        # The order that sorts random bits is a random permutation: one sort shuffles for all epochs.
+        # What sorts random bits is a random permutation: one sort shuffles for all epochs.
         order = jax.random.bits(key, (config.num_epochs, config.batch_size)).argsort()
         carry = state.variables, state.opt_state
         minibatches = order.reshape(config.num_gradient_steps, -1)
         (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
-        return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
+        return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(
+            jnp.mean, losses
+        )
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
@@ -304,8 +381,16 @@ def make_train(config: Config):
             t, obs, env_state, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = network.apply(state.variables, obs).argmax(-1)
-            obs, env_state, reward, terminated, truncated, _ = env_step(keys, env_state, action, env_params)
-            return t + 1, obs, env_state, returns + reward * ~finished, finished | terminated | truncated
+            obs, env_state, reward, terminated, truncated, _ = env_step(
+                keys, env_state, action, env_params
+            )
+            return (
+                t + 1,
+                obs,
+                env_state,
+                returns + reward * ~finished,
+                finished | terminated | truncated,
+            )
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
@@ -314,7 +399,9 @@ def make_train(config: Config):
         return returns.mean()
 
     def update(state, number):
-        collect_key, learn_key, eval_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
+        collect_key, learn_key, eval_key = jax.random.split(
+            jax.random.fold_in(state.key, number), 3
+        )
         decayed = jnp.minimum(number / jnp.maximum(config.epsilon_decay * config.num_updates, 1), 1)
         epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
 
@@ -324,14 +411,18 @@ def make_train(config: Config):
         ended = rollout.info["returned_episode"]
         metrics = losses | {
             "global_step": (number + 1) * config.batch_size,
-            "charts/episodic_return": (ended * rollout.info["returned_episode_returns"]).sum() / ended.sum(),
-            "charts/episodic_length": (ended * rollout.info["returned_episode_lengths"]).sum() / ended.sum(),
+            "charts/episodic_return": (ended * rollout.info["returned_episode_returns"]).sum()
+            / ended.sum(),
+            "charts/episodic_length": (ended * rollout.info["returned_episode_lengths"]).sum()
+            / ended.sum(),
             "charts/epsilon": epsilon,
             "charts/learning_rate": learning_rate(number * config.num_gradient_steps),
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            metrics["eval/episodic_return"] = jax.lax.cond(due, evaluate, lambda *_: jnp.nan, state, eval_key)
+            metrics["eval/episodic_return"] = jax.lax.cond(
+                due, evaluate, lambda *_: jnp.nan, state, eval_key
+            )
         return state, metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
@@ -342,210 +433,371 @@ def make_train(config: Config):
     return train
 
 
+# --- Running it: not needed to copy the algorithm -------------------------------------------------
+
+SCRIPT = Path(__file__)
+# Flags that do not change the results: --resume takes new values of them.
+FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
+
+
 def fail(message: str) -> NoReturn:
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    """End the program with one line and exit code 2."""
+    print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
+def say(message: str) -> None:
+    """Print a line above the progress bar; of several hosts, only the first does."""
+    if jax.process_index() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
 def parse_args(args: list[str]) -> Config:
-    """tyro.cli, which here also takes 1e6 for an integer and --flag=False, and fails in one line."""
-    args = [re.sub(r"^(--[\w-]+=|)(\d+(\.\d+)?e\d+)$", lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
-    args = [re.sub(r"^--([\w-]+)=(?i:(true)|false)$", lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", a) for a in args]
-    errors = io.StringIO()
+    """Flags as tyro takes them, and 1e6 for an integer, --flag=False for --no-flag."""
+    number, boolean = r"^(--[\w-]+=|)(\d+(\.\d+)?[eE]\+?\d+)$", r"^--([\w-]+)=(?i:(true)|false)$"
+    args = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
+    args = [re.sub(boolean, lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", arg) for arg in args]
+    config = tyro.cli(Config, args=args, description=__doc__)
+    if config.resume is not None:
+        saved = load_config(config.resume)
+        config = tyro.cli(Config, args=args, description=__doc__, default=saved)
+        for name, old in vars(saved).items():
+            if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
+                fail(f"--{name.replace('_', '-')} is {new}; a resumed run keeps its own, {old}")
+    return config
+
+
+def load_config(run_dir: str) -> Config:
+    """The configuration of a run of this script, to resume it; fails for any other folder."""
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(Config, args=args, description=__doc__)
-    except SystemExit as stop:
-        if stop.code:
-            text = re.sub("[─│╭╮╰╯]", " ", errors.getvalue()).split("\n", 1)[1]  # a box with a title
-            fail(text.split("For full helptext")[0].replace("Error parsing Config: ", ""))
-        raise
+        flags = json.loads(Path(run_dir, "config.json").read_text())
+        script = flags.pop("script")
+        if script == SCRIPT.stem:
+            return Config(**flags | {"resume": run_dir})
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(f"--resume is {run_dir}; it takes the folder of a run: {error!r}")
+    fail(f"--resume is {run_dir}, a run of {script}.py")
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write to another name and rename: a kill at any moment leaves either file whole."""
-    path.with_suffix(".tmp").write_bytes(data)
-    path.with_suffix(".tmp").replace(path)
+def last_checkpoint(run_dir: str) -> int:
+    """The update of the last checkpoint of a run; fails if it has none."""
+    folder = Path(run_dir, "checkpoints")
+    updates = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    return max(updates) if updates else fail(f"--resume is {run_dir}; it has no checkpoint yet")
 
 
-def start_wandb(config: Config, run_dir: Path) -> list:
-    """A Weights & Biases run for each of up to 16 seeds, then, if there are several, one for their mean."""
-    import wandb  # not at the top: it takes seconds
+def start_devices(config: Config) -> Mesh:
+    """The devices that the seeds are spread over, equally many on each host.
 
-    names = [f"seed-{config.seed + i}" for i in range(config.num_seeds) if config.num_seeds <= 16]
-    names += ["mean"] * (config.num_seeds > 1)
-    shared = {"config": dataclasses.asdict(config), "project": config.wandb_project, "group": run_dir.name}
-    shared |= {"mode": config.wandb_mode, "dir": run_dir, "resume": "allow", "reinit": "create_new"}
-    runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **shared) for name in names]
-    for run in runs:
-        run.define_metric("global_step")
-        run.define_metric("*", step_metric="global_step")
-    return runs
-
-
-def plot_returns(path: Path, table: np.ma.MaskedArray, names: list[str], title: str) -> str:
-    """Plot the returns in table [num_updates, num_seeds, names]; tell the last ones, mean ± standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="environment steps of a seed", ylabel="episodic return", title=title)
-    summary = []
-    for name in [name for name in names if name.endswith("episodic_return")]:
-        known = table[~np.ma.getmaskarray(table[..., names.index(name)]).all(axis=1)]
-        if len(known):
-            steps, returns = known[:, 0, names.index("global_step")], known[..., names.index(name)]
-            mean, std = returns.mean(axis=1), returns.std(axis=1)
-            axes.plot(steps, mean, label=name)
-            axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
-            summary.append(f"{name} {mean[-1]:.1f} ± {std[-1]:.1f}")
-    if summary:
-        axes.legend()
-    figure.savefig(path, dpi=150)
-    return f"{', '.join(summary)} (mean ± standard deviation over seeds)" if summary else "no episode has ended"
-
-
-def main(config: Config) -> Path:
-    """Train num_seeds seeds over all devices, a chunk of updates at a time; returns the folder of the run."""
-    run_dir = Path(config.runs_dir, f"{Path(__file__).stem}__{config.env_id}__{config.seed}__{time.time_ns() // 10**6}")
-    try:
-        if config.resume is not None:
-            if config != Config(resume=config.resume):
-                raise ValueError("takes no other flags, the run keeps its own")
-            run_dir = Path(config.resume).resolve()
-            config = Config(**json.loads((run_dir / "config.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"--resume is {config.resume}; it takes the folder of a run: {error}")
-    # On a CPU: seeds side by side, on the least number of devices that keeps all cores busy, or else the greatest; one
-    # thread (NPROC) each where a batch is small.
+    A CPU is divided into devices: the fewest that keep all cores busy, with one thread (NPROC) each
+    where batches are small.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
-    os.environ.setdefault("NPROC", str(max(1, cores // num_devices) if config.batch_size >= 4096 else 1))
+    threads = cores // num_devices if config.batch_size >= 4096 else 1
+    os.environ.setdefault("NPROC", str(max(threads, 1)))
     with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
         jax.config.update("jax_num_cpu_devices", num_devices)
     try:
-        train = make_train(config)
-    except ValueError as error:
-        fail(str(error))
+        if config.distributed and not jax.distributed.is_initialized():
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed finds no cluster: {error}") from error
 
-    num_devices = max(n for n in range(1, jax.device_count() + 1) if config.num_seeds % n == 0)
-    mesh = jax.sharding.Mesh(jax.devices()[:num_devices], ("seeds",))
-    update_steps = config.batch_size * config.num_seeds
+    hosts, local = jax.process_count(), jax.local_device_count()
+    per_host = [n for n in range(1, local + 1) if config.num_seeds % (n * hosts) == 0]
+    if not per_host:
+        raise ValueError(f"--num-seeds is {config.num_seeds}; it takes a multiple of {hosts} hosts")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.reshape(devices, (hosts, local))[:, : per_host[-1]].ravel(), ("seeds",))
 
-    def over_seeds(function, inputs):  # on a CPU one by one: a batch of small matrices is slower there
-        return jax.lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
 
-    def proceed(states):  # all seeds have the same update number: outside vmap it leaves evaluation a branch
-        update = states.update[0]
-        return over_seeds(lambda state: train(state=state._replace(update=update), num_updates=chunk_size), states)
+def make_programs(config: Config, train, mesh: Mesh):
+    """init(0, seeds) -> states and run_chunk(update, states) -> (states, metrics), of all seeds."""
+    # Chunks of about 65,536 steps, all of one size, so that one program runs them all.
+    most = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
+    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)
+    by_seed, on_all = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
 
-    def on_devices(function, **options):
-        seeds = PartitionSpec("seeds")
-        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False), **options)
+    def init(update, seed):
+        return train.init(jax.random.key(seed))
 
-    started = time.time()
-    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    states = on_devices(lambda keys: over_seeds(train.init, keys))(keys)
-    checkpoint, csv = run_dir / "checkpoint.msgpack", run_dir / "metrics.csv"
-    if checkpoint.exists():
-        try:
-            saved = serialization.from_bytes(states, checkpoint.read_bytes())
-            saved = saved._replace(key=jax.random.wrap_key_data(jnp.asarray(saved.key)))
-            # reshape raises if the checkpoint is of other sizes.
-            states = jax.tree.map(lambda new, old: jax.device_put(new.reshape(old.shape), old.sharding), saved, states)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume is {run_dir}, whose checkpoint.msgpack cannot be read: {error}")
-    first = done = int(states.update[0])
-    most = max(1, 2**16 // update_steps)  # about 65,536 steps between two looks at the host
-    # All chunks are of one size, so that one program runs them all.
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == first % n == 0)
-    # Shapes, not arrays: a resumed run then lowers to the program of the first, which a compilation cache has.
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
-    lowered = on_devices(proceed, donate_argnums=0).lower(shapes)
-    names = sorted(lowered.out_info[1])
-    head = ",".join(["seed", *names])
-    rows = csv.read_text().splitlines() if csv.exists() else [head]
-    if rows[0] != head or len(rows) <= first * config.num_seeds:
-        fail(f"--resume is {run_dir}, whose metrics.csv lacks rows or has other columns than {head}")
-    run_chunk = lowered.compile()
-    compile_seconds = time.time() - started
+    def run_chunk(update, state):
+        return train(state=state._replace(update=update), num_updates=chunk_size)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
-    replace(csv, "\n".join([*rows[: 1 + first * config.num_seeds], ""]).encode())
-    runs = start_wandb(config, run_dir) if config.wandb_mode != "disabled" else []
-    bar = tqdm(total=config.num_updates * update_steps, initial=first * update_steps, unit=" steps", unit_scale=True)
-    nan_seeds, stops, pending = set(), [], []
+    def over_seeds(function, out_shardings, **options):
+        def on_device(update, inputs):
+            # The update number is not batched, so that evaluation stays a branch.
+            of_seed = functools.partial(function, update)
+            on_cpu = jax.default_backend() == "cpu"  # where a batch of small matrices is slower
+            return jax.lax.map(of_seed, inputs) if on_cpu else jax.vmap(of_seed)(inputs)
 
-    def record(number, metrics):
-        """Put the metrics [num_seeds, chunk_size] of the updates after number into file, bar and Weights & Biases."""
+        specs = {"in_specs": (on_all.spec, by_seed.spec), "out_specs": by_seed.spec}
+        on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
+        return jax.jit(on_devices, out_shardings=out_shardings, **options)
+
+    return over_seeds(init, by_seed), over_seeds(run_chunk, (by_seed, on_all), donate_argnums=1)
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of the run: the one to resume, or a new name that all hosts agree on."""
+    if config.resume is not None:
+        return Path(config.resume)
+    milliseconds = np.array(divmod(time.time_ns() // 10**6, 10**6), np.int32)
+    high, low = multihost_utils.broadcast_one_to_all(milliseconds)
+    name = f"{SCRIPT.stem}__{config.env_id}__{config.seed}__{high}{low:06}"
+    return Path(config.runs_dir, name)
+
+
+def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
+    """The states after an update and the seconds spent on them; fails if they cannot be read."""
+    args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
+    try:
+        saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
+    except Exception as error:  # of many kinds
+        fail(f"--resume: {checkpoints.directory} cannot be read: {error}")
+    return saved.states, saved.seconds
+
+
+def start_wandb(config: Config, run_dir: Path) -> list:
+    """A Weights & Biases run for each seed, in a group; above 16 seeds, one for their mean."""
+    if config.wandb_mode == "disabled":
+        return []
+    import wandb  # not at the top: it takes seconds
+
+    names = [f"seed-{config.seed + i}" for i in range(config.num_seeds)]
+    names = names if len(names) <= 16 else ["mean"]
+    options = {"project": config.wandb_project, "entity": config.wandb_entity}
+    options |= {"group": run_dir.name, "tags": config.wandb_tags, "mode": config.wandb_mode}
+    options |= {"config": dataclasses.asdict(config), "dir": run_dir, "resume": "allow"}
+    options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
+    try:
+        runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
+    except wandb.Error as error:
+        if config.resume is None:
+            shutil.rmtree(run_dir)
+        raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
+    if config.wandb_mode == "online":
+        say(f"Weights & Biases: {runs[0].url}")
+    return runs
+
+
+def is_nan(config: Config, metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Where the loss or its gradient is NaN, [num_seeds, updates]."""
+    return np.isnan(metrics["losses/grad_norm"])
+
+
+class Recorder:
+    """What the first host writes and tells while a run goes on."""
+
+    def __init__(self, config: Config, run_dir: Path, columns: list[str], update: int):
+        """Goes on after an update. Raises ValueError if metrics.csv lacks rows up to it."""
+        self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
+        header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
+        lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
+        if lines[0] != header or len(lines) < num_lines:
+            raise ValueError(f"{self.csv} lacks rows or has other columns than {header}")
+        if update:
+            os.truncate(self.csv, len("".join(lines[:num_lines])))
+            (run_dir / "metadata.json").unlink(missing_ok=True)
+        else:
+            self.csv.write_text(header)
+            flags = {"script": SCRIPT.stem} | dataclasses.asdict(config)
+            (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
+        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
+        update_steps = config.steps_per_update * config.num_seeds
+        total, initial = config.num_updates * update_steps, update * update_steps
+        self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)
+        self.told_at = time.monotonic()
+
+    def record(self, update: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics [num_seeds, chunk_size] of the updates after the given one."""
         metrics = jax.device_get(metrics)
-        table = np.stack([metrics[name] for name in names], axis=-1).swapaxes(0, 1)
-        seeds = np.broadcast_to(config.seed + np.arange(config.num_seeds)[:, None], (*table.shape[:2], 1))
-        with csv.open("a") as file:
-            np.savetxt(file, np.concatenate([*np.concatenate([seeds, table], axis=-1)]), fmt="%.10g", delimiter=",")
-        nans = np.isnan(metrics["losses/grad_norm"])
-        for seed in set(np.flatnonzero(nans.any(axis=1))) - nan_seeds:
-            nan_seeds.add(seed)
-            first_nan = number + nans[seed].argmax() + 1
-            text = f"seed {config.seed + seed}: NaN in the loss or its gradient from update {first_nan} on"
-            bar.write(text, file=sys.stderr)
-        for rows in np.ma.masked_invalid(table) if runs else []:
-            means = dict(zip([*names, *map("{}_std".format, names)], [*rows.mean(0), *rows.std(0)], strict=True))
-            logs = [dict(zip(names, row, strict=True)) for row in rows if len(rows) <= 16]  # as start_wandb has runs
-            for run, log in zip(runs, [*logs, means][: len(runs)], strict=True):
-                run.log({name: float(value) for name, value in log.items() if value is not np.ma.masked})
-        mean_return = np.ma.filled(np.ma.masked_invalid(metrics["charts/episodic_return"]).mean(), np.nan)
-        bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        bar.update(len(table) * update_steps)
+        seeds = self.config.seed + np.arange(self.config.num_seeds)
+        metrics["seed"] = np.broadcast_to(seeds[:, None], metrics["global_step"].shape)
+        rows = pd.DataFrame({name: metrics[name].T.ravel() for name in self.columns})
+        with self.csv.open("a") as file:
+            rows.to_csv(file, header=False, index=False, float_format="%.10g", na_rep="nan")
+        self.unlogged.append(rows)
 
-    def stop(*_):
-        stops.append(signal.signal(signal.SIGINT, signal.SIG_DFL))  # the next Ctrl-C does not wait for the updates
+        for seed, nans in zip(seeds, is_nan(self.config, metrics), strict=True):
+            if nans.any() and seed not in self.nan_seeds:
+                self.nan_seeds.add(seed)
+                first = update + 1 + nans.argmax()
+                say(f"seed {seed}: NaN in the loss or its gradient from update {first} on")
 
-    handler = signal.signal(signal.SIGINT, stop)
-    saved_at = started = time.time()
-    is_last = done == config.num_updates
-    while not is_last:
-        states, metrics = run_chunk(states)  # not waited for: the chunk before is recorded while this one runs
-        pending.append((done, metrics))
-        done += chunk_size
-        is_last = done == config.num_updates or len(stops) > 0
-        save_now = is_last or time.time() - saved_at >= config.checkpoint_interval
-        while len(pending) > (0 if save_now else 1):
-            record(*pending.pop(0))
-        if save_now:
-            host_states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
-            replace(checkpoint, serialization.to_bytes(host_states))
-            saved_at = time.time()
-    seconds = time.time() - started
-    bar.close()
-    replace(run_dir / "params.msgpack", serialization.to_bytes(jax.device_get(states.variables)))
+        mean_return = f"return {rows['charts/episodic_return'].mean():.1f}"
+        self.bar.set_postfix_str(mean_return, refresh=False)
+        self.bar.update(len(rows) * self.config.steps_per_update)
+        # Where no terminal shows the bar, a line for the log.
+        if self.bar.disable and time.monotonic() - self.told_at >= 30:
+            self.told_at = time.monotonic()
+            update += metrics["seed"].shape[1]
+            say(f"update {update} of {self.config.num_updates}, {mean_return}")
 
-    table = np.loadtxt(csv, delimiter=",", skiprows=1, ndmin=2)[:, 1:].reshape(done, config.num_seeds, len(names))
-    title = f"PQN, {config.env_id}, {config.num_seeds} seed{'s' * (config.num_seeds > 1)}"
-    summary = plot_returns(run_dir / "learning_curve.png", np.ma.masked_invalid(table), names, title)
-    metadata = {
-        "device": f"{num_devices} x {jax.devices()[0].device_kind}",
-        "compile_seconds": compile_seconds,
-        "run_seconds": seconds,
-        "steps_per_second": (done - first) * update_steps / seconds,
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "numpy")},
-    }
-    with contextlib.suppress(OSError):  # no git here
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        metadata["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    replace(run_dir / "metadata.json", json.dumps(metadata, indent=2).encode())
-    for run in runs:
-        run.finish()
-    print(f"{title}: {done} of {config.num_updates} updates, {done * config.batch_size:,} environment steps a seed")
-    speed = f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}"
-    print(f"{seconds:.1f} s, {speed}, after {compile_seconds:.1f} s of compiling")
-    print(f"{summary}\nIn {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    def log(self) -> None:
+        """Sends to wandb what a checkpoint covers, so that a resumed run sends nothing twice."""
+        for chunk in self.unlogged if self.wandb_runs else []:
+            for step, rows in chunk.drop(columns="seed").groupby("global_step"):
+                if len(self.wandb_runs) < len(rows):  # the mean, and the deviation of what varies
+                    stds = rows.loc[:, rows.nunique() > 1].std().add_suffix("_std")
+                    rows = pd.concat([rows.mean(), stds]).to_frame().T
+                for run, (_, row) in zip(self.wandb_runs, rows.iterrows(), strict=True):
+                    run.log(row.dropna().to_dict(), step=step)
+        self.unlogged = []
+
+    def close(self) -> None:
+        self.bar.close()
+        for run in self.wandb_runs:
+            run.finish()
+
+
+@contextlib.contextmanager
+def caught_signals(message: str):
+    """A list that Ctrl-C and SIGTERM go into: the first prints message, the second interrupts."""
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        say(message)
+
+    # Python takes handlers in the main thread alone; a sweep agent of wandb calls main in another.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def plot_returns(config: Config, run_dir: Path) -> str:
+    """Plots the returns in metrics.csv over all seeds; tells the last ones in words."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    table = pd.read_csv(run_dir / "metrics.csv")
+    several = config.num_seeds > 1
+    title = f"{SCRIPT.stem}, {config.env_id}"
+    title += f", {config.num_seeds} seeds: mean, lowest to highest" if several else ""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="environment steps per seed", ylabel="return", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    words = []
+    for kind, label in (("charts", "while exploring"), ("eval", "greedy")):
+        name = f"{kind}/episodic_return"
+        measured = table.dropna(subset=name) if name in table else table[:0]
+        if measured.empty:
+            continue
+        returns = measured.groupby("global_step")[name].agg(["mean", "min", "max"])
+        style = "o-" if len(returns) <= 30 else "-"
+        axes.plot(returns.index, returns["mean"], style, label=label)
+        axes.fill_between(returns.index, returns["min"], returns["max"], alpha=0.2)
+        axes.legend()
+        # The last evaluation, or the mean over the last tenth of training.
+        since = returns.index[-1] if label == "greedy" else 0.9 * returns.index[-1]
+        by_seed = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
+        spread = f" (seeds {by_seed.min():.1f} to {by_seed.max():.1f})" if several else ""
+        words.append(f"{label} {by_seed.mean():.1f}{spread}")
+    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    return f"return {', '.join(words)}" if words else "no episode has ended"
+
+
+def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
+    """Writes the parameters, the curve and the metadata, and tells how the run went."""
+    (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
+    print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
+    steps = metadata["updates"] * config.steps_per_update * config.num_seeds
+    metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
+    packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "numpy")
+    metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
+    (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
+    times = "{run_seconds:.1f} s, after {compile_seconds:.1f} s of compiling".format(**metadata)
+    print(f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, {times}")
+    print(f"in {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+
+
+def main(config: Config) -> Path:
+    """Trains all seeds, a chunk of updates at a time; returns the folder of the run."""
+    is_new = config.resume is None
+    done = 0 if is_new else last_checkpoint(config.resume)
+    if done == config.num_updates and Path(config.resume, "metadata.json").exists():
+        print(f"{config.resume} is finished: it has all of its {done} updates")
+        return Path(config.resume)
+    seeds = config.seed + np.arange(config.num_seeds)
+    seconds = {"compile_seconds": 0.0, "run_seconds": 0.0}
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax would log what fail says in a line
+    try:  # before compiling, all that can fail for a reason outside of this script
+        mesh = start_devices(config)
+        run_dir = run_folder(config)
+        device = f"{mesh.size} x {jax.devices()[0].device_kind}"
+        title = f"{config.env_id}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {device}"
+        since = f", from update {done}" if done else ""
+        say(f"{SCRIPT.stem}: {title}, in {run_dir}{since}; compiling takes seconds to a minute")
+        train = make_train(config)
+        started = time.monotonic()
+        init, run_chunk = make_programs(config, train, mesh)
+        shapes = init.eval_shape(0, seeds)
+        run_chunk = run_chunk.lower(np.int32(0), shapes)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
+        if not is_new:
+            states, seconds = restore(checkpoints, done, shapes)
+        columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
+        recorder = Recorder(config, run_dir, columns, done) if is_first_host else None
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(str(error))
+    if is_new:
+        states = init(0, seeds)
+    run_chunk = run_chunk.compile()
+    saved_at = time.monotonic()
+    seconds["compile_seconds"] += saved_at - started
+
+    to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
+    pending, stopping = [], False
+    try:
+        with caught_signals(to_resume) as signals:
+            while done < config.num_updates and not stopping:
+                states, metrics = run_chunk(np.int32(done), states)
+                while recorder and pending:  # the chunk before is recorded while this one runs
+                    recorder.record(*pending.pop())
+                pending.append((done, metrics))
+                done += metrics["global_step"].shape[1]
+                while not all(x.is_ready() for x in metrics.values()):
+                    time.sleep(0.001)  # outside of JAX, where Python sees signals
+                is_due = time.monotonic() - saved_at >= config.checkpoint_interval
+                flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
+                stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
+                if stopping or is_due or done == config.num_updates:
+                    if recorder:
+                        recorder.record(*pending.pop())
+                    seconds["run_seconds"] += time.monotonic() - saved_at
+                    saved_at = time.monotonic()
+                    save = {"states": ocp.args.StandardSave(states)}
+                    save |= {"seconds": ocp.args.JsonSave(seconds)}
+                    checkpoints.save(done, args=ocp.args.Composite(**save))
+                    if recorder:
+                        recorder.log()
+    except KeyboardInterrupt:
+        say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        raise
+    except (OSError, ValueError) as error:  # a full disk
+        fail(f"{error}; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+    params = multihost_utils.process_allgather(states.params, tiled=True)
+    if recorder:
+        recorder.close()
+        save_results(config, run_dir, params, seconds | {"updates": done, "device": device})
     if done < config.num_updates:
-        print(f"To go on: python {Path(__file__).name} --resume {run_dir}")
-    signal.signal(signal.SIGINT, handler)
+        say(to_resume)
     return run_dir
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    try:
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: an ordinary exit waits for the chunk that runs
