@@ -953,13 +953,13 @@ def parse_args(args: list[str]) -> Config:
     return config
 
 
-def load_config(run_dir: str) -> Config:
+def load_config(run_dir: str | Path) -> Config:
     """The configuration of a run of this script, to resume it; fails for any other folder."""
     try:
         flags = json.loads(Path(run_dir, "config.json").read_text())
         script = flags.pop("script")
         if script == SCRIPT.stem:
-            return Config(**flags | {"resume": run_dir})
+            return Config(**flags | {"resume": str(run_dir)})
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         fail(f"--resume is {run_dir}; it takes the folder of a run: {error!r}")
     fail(f"--resume is {run_dir}, a run of {script}.py")
@@ -1063,7 +1063,7 @@ def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
     try:
         saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
     except Exception as error:  # of many kinds
-        fail(f"--resume: {checkpoints.directory} cannot be read: {error}")
+        fail(f"--resume: {checkpoints.directory} cannot be read: {str(error)[:200]}")
     return saved.states, saved.seconds
 
 
@@ -1081,7 +1081,7 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
     try:
         runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
-    except wandb.Error as error:
+    except Exception as error:  # of many kinds
         if config.resume is None:
             shutil.rmtree(run_dir)
         raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
@@ -1103,7 +1103,7 @@ class Recorder:
         self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
         header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
         lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
-        if lines[0] != header or len(lines) < num_lines:
+        if lines[:1] != [header] or len(lines) < num_lines:
             raise ValueError(f"{self.csv} lacks rows or has other columns than {header}")
         if update:
             os.truncate(self.csv, len("".join(lines[:num_lines])))
@@ -1267,7 +1267,8 @@ def main(config: Config) -> Path:
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
     pending, stopping = [], False
     try:
-        with caught_signals(to_resume) as signals:
+        stops = f"stopping after this chunk of updates, a second time at once; {to_resume}"
+        with caught_signals(stops) as signals:
             while done < config.num_updates and not stopping:
                 states, metrics = run_chunk(np.int32(done), states)
                 while recorder and pending:  # the chunk before is recorded while this one runs

@@ -5,7 +5,6 @@ pygame, which requirements.txt brings), MinAtar, Catch, and the mazes.
 """
 
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -45,7 +44,7 @@ def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -
         max_steps: Frames at the most; a frame takes about a tenth of a second.
     """
     script = importlib.import_module(run.resolve().name.split("__")[0])
-    config = script.Config(**json.loads((run / "config.json").read_text()))
+    config = script.load_config(run)
     variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
     variables = jax.tree.map(lambda x: x[seed], variables)
     env, env_params = script.make_env(config if hasattr(script, "GAMES") else config.env_id)

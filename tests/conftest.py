@@ -40,7 +40,11 @@ def warmup(script: str) -> int:
 def having(*names: str) -> list[str]:
     """The scripts that define all of these functions or fields of Config."""
     patterns = [rf"(def |\n    ){name}[(:]" for name in names]
-    return [name for name in SCRIPTS if all(re.search(p, (ROOT / f"{name}.py").read_text()) for p in patterns)]
+    return [
+        name
+        for name in SCRIPTS
+        if all(re.search(p, (ROOT / f"{name}.py").read_text()) for p in patterns)
+    ]
 
 
 def only(*names: str):
@@ -53,7 +57,10 @@ def flags(script: str) -> list[str]:
     return [
         part
         for name, value in SCRIPTS[script].items()
-        for part in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))
+        for part in (
+            f"--{name.replace('_', '-')}",
+            *map(str, value if isinstance(value, tuple) else [value]),
+        )
     ]
 
 
@@ -74,12 +81,13 @@ def command(request, tmp_path):
     """Runs a copy of the script, alone in an empty folder, with tiny sizes and further flags."""
     (tmp_path / f"{request.param}.py").write_text((ROOT / f"{request.param}.py").read_text())
 
-    def start(*further, tiny=True, **options):
-        options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        options["env"] = os.environ | {"WANDB_SILENT": "true"}
-        return subprocess.Popen(
-            [sys.executable, f"{request.param}.py", *(flags(request.param) if tiny else []), *further], **options
-        )
+    def start(*further, tiny=True, environ=None, **options):
+        # wandb leaves the address of this process's own service in the environment.
+        inherited = {name: x for name, x in os.environ.items() if name != "WANDB_SERVICE"}
+        options |= {"cwd": tmp_path, "text": True, "env": inherited | (environ or {})}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        arguments = [*(flags(request.param) if tiny else []), *further]
+        return subprocess.Popen([sys.executable, f"{request.param}.py", *arguments], **options)
 
     start.folder, start.script = tmp_path, request.param
     return start

@@ -27,7 +27,9 @@ def slow_lambda_returns(rewards, next_values, terminated, truncated, gamma, td_l
                     break
             last = n_step_returns.pop()
             weights = [(1 - td_lambda) * td_lambda**n for n in range(len(n_step_returns))]
-            mixed = sum(weight * value for weight, value in zip(weights, n_step_returns, strict=True))
+            mixed = sum(
+                weight * value for weight, value in zip(weights, n_step_returns, strict=True)
+            )
             returns[t, env] = mixed + td_lambda ** len(n_step_returns) * last
     return returns
 
@@ -67,7 +69,9 @@ def test_lambda_returns(script, num_steps, num_envs, seed, ends, gamma, trace):
     terminated, truncated = rng.random((2, num_steps, num_envs)) < ends  # at times both at once
     arguments = rewards, next_values, terminated, truncated, gamma, trace
     np.testing.assert_allclose(
-        script.lambda_returns(*map(jnp.asarray, arguments)), slow_lambda_returns(*arguments), atol=1e-4
+        script.lambda_returns(*map(jnp.asarray, arguments)),
+        slow_lambda_returns(*arguments),
+        atol=1e-4,
     )
 
 
@@ -79,7 +83,9 @@ def test_gae(script, num_steps, num_envs, seed, ends, gamma, trace):
     rewards, values, next_values = rng.normal(size=(3, num_steps, num_envs)).astype(np.float32)
     terminated, truncated = rng.random((2, num_steps, num_envs)) < ends
     arguments = rewards, values, next_values, terminated, truncated, gamma, trace
-    np.testing.assert_allclose(script.gae(*map(jnp.asarray, arguments)), slow_gae(*arguments), atol=1e-4)
+    np.testing.assert_allclose(
+        script.gae(*map(jnp.asarray, arguments)), slow_gae(*arguments), atol=1e-4
+    )
 
 
 @only("gae")
@@ -89,36 +95,57 @@ def test_gae_against_rlax(script):
     last = jax.random.normal(jax.random.key(2), (1, 3))
     terminated = jax.random.bernoulli(jax.random.key(1), 0.2, (20, 3))
     all_values = jnp.concatenate([values, last])
-    ours = script.gae(rewards, values, all_values[1:], terminated, jnp.zeros_like(terminated), 0.9, 0.7)
-    theirs = jax.vmap(rlax.truncated_generalized_advantage_estimation, in_axes=(1, 1, None, 1), out_axes=1)
+    ours = script.gae(
+        rewards, values, all_values[1:], terminated, jnp.zeros_like(terminated), 0.9, 0.7
+    )
+    theirs = jax.vmap(
+        rlax.truncated_generalized_advantage_estimation, in_axes=(1, 1, None, 1), out_axes=1
+    )
     np.testing.assert_allclose(ours, theirs(rewards, 0.9 * ~terminated, 0.7, all_values), atol=1e-5)
 
 
 @only("clipped_surrogate", "value_loss")
 def test_clipped_losses(script):
     rng = np.random.default_rng(0)
-    ratios, advantages = rng.uniform(0.5, 1.5, 50).astype(np.float32), rng.normal(size=50).astype(np.float32)
-    expected = -np.mean([min(r * a, min(max(r, 0.8), 1.2) * a) for r, a in zip(ratios, advantages, strict=True)])
-    np.testing.assert_allclose(script.clipped_surrogate(ratios, advantages, 0.2), expected, atol=1e-6)
+    ratios, advantages = (
+        rng.uniform(0.5, 1.5, 50).astype(np.float32),
+        rng.normal(size=50).astype(np.float32),
+    )
+    expected = -np.mean(
+        [min(r * a, min(max(r, 0.8), 1.2) * a) for r, a in zip(ratios, advantages, strict=True)]
+    )
+    np.testing.assert_allclose(
+        script.clipped_surrogate(ratios, advantages, 0.2), expected, atol=1e-6
+    )
     values, old_values, returns = rng.normal(size=(3, 50)).astype(np.float32)
     errors = [
         max((v - g) ** 2, (o + min(max(v - o, -0.2), 0.2) - g) ** 2)
         for v, o, g in zip(values, old_values, returns, strict=True)
     ]
-    np.testing.assert_allclose(script.value_loss(values, old_values, returns, 0.2), 0.5 * np.mean(errors), rtol=1e-5)
+    np.testing.assert_allclose(
+        script.value_loss(values, old_values, returns, 0.2), 0.5 * np.mean(errors), rtol=1e-5
+    )
 
 
 @only("td_targets")
 def test_td_targets(script):
     targets = script.td_targets(
-        jnp.array([1.0, 1.0, -2.0]), jnp.array([10.0, 10.0, 5.0]), jnp.array([False, True, False]), 0.9
+        jnp.array([1.0, 1.0, -2.0]),
+        jnp.array([10.0, 10.0, 5.0]),
+        jnp.array([False, True, False]),
+        0.9,
     )
     np.testing.assert_allclose(targets, [10.0, 1.0, 2.5])
 
 
 @only("replay_insert", "replay_sample")
 @pytest.mark.parametrize("vmapped", [False, True])
-@given(num_rows=st.integers(1, 5), num_envs=st.integers(1, 3), num_inserts=st.integers(1, 13), seed=st.integers(0, 99))
+@given(
+    num_rows=st.integers(1, 5),
+    num_envs=st.integers(1, 3),
+    num_inserts=st.integers(1, 13),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=30, deadline=None)
 def test_replay_is_a_deque(script, vmapped, num_rows, num_envs, num_inserts, seed):
     """After any number of inserts, sampling everything gives what a deque of the same length holds."""
@@ -132,16 +159,23 @@ def test_replay_is_a_deque(script, vmapped, num_rows, num_envs, num_inserts, see
     replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), row(0))
     if vmapped:
         replay = jax.tree.map(lambda x: jnp.stack([x, x]), replay)
-        insert, sample = jax.vmap(insert, in_axes=(0, None, None)), jax.vmap(sample, in_axes=(0, None, None))
+        insert, sample = (
+            jax.vmap(insert, in_axes=(0, None, None)),
+            jax.vmap(sample, in_axes=(0, None, None)),
+        )
     model = deque(maxlen=num_rows)
     for number in range(num_inserts):
         replay = insert(replay, number, row(number))
         model.append(row(number))
         filled = jnp.minimum(number + 1, num_rows)
         every = jnp.arange(len(model) * num_envs, dtype=jnp.uint32)
-        shift = jnp.uint32(seed * len(model) * num_envs)  # any bits with the same remainder pick the same transition
+        shift = jnp.uint32(
+            seed * len(model) * num_envs
+        )  # any bits with the same remainder pick the same transition
         batches = sample(replay, every + shift, filled)
-        for batch in [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(2)] if vmapped else [batches]:
+        for batch in (
+            [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(2)] if vmapped else [batches]
+        ):
             order = np.argsort(batch.reward)
             for field, *expected in zip(batch, *model, strict=True):
                 np.testing.assert_array_equal(np.asarray(field)[order], np.concatenate(expected))
@@ -151,7 +185,9 @@ def test_replay_is_a_deque(script, vmapped, num_rows, num_envs, num_inserts, see
 def test_replay_samples_uniformly(script):
     labels = jnp.arange(12.0).reshape(4, 3)
     replay = script.Transition(labels, labels.astype(jnp.int32), labels, labels > 0, labels)
-    batch = script.replay_sample(replay, jax.random.bits(jax.random.key(0), (60_000,)), jnp.int32(3))
+    batch = script.replay_sample(
+        replay, jax.random.bits(jax.random.key(0), (60_000,)), jnp.int32(3)
+    )
     counts = np.bincount(batch.action, minlength=12)
     assert (counts[9:] == 0).all()
     np.testing.assert_allclose(counts[:9] / 60_000, 1 / 9, atol=0.01)
@@ -198,14 +234,21 @@ def test_n_step_transitions(script, n, num_windows, num_envs, seed, ends, gamma)
 @given(num_envs=st.integers(1, 50), low=st.floats(0, 1), high=st.floats(0, 1))
 @settings(max_examples=50, deadline=None)
 def test_mixed_exploration_stddevs(script, num_envs, low, high):
-    slow = [low + (i - 1) / (num_envs - 1) * (high - low) if num_envs > 1 else low for i in range(1, num_envs + 1)]
-    np.testing.assert_allclose(script.mixed_exploration_stddevs(num_envs, low, high), slow, atol=1e-6)
+    slow = [
+        low + (i - 1) / (num_envs - 1) * (high - low) if num_envs > 1 else low
+        for i in range(1, num_envs + 1)
+    ]
+    np.testing.assert_allclose(
+        script.mixed_exploration_stddevs(num_envs, low, high), slow, atol=1e-6
+    )
 
 
 @only("double_q_targets")
 def test_double_q_targets(script):
     values = jnp.array([[10.0, 1.0, 5.0], [4.0, 2.0, -5.0]])
-    targets = script.double_q_targets(jnp.array([1.0, 1.0, -2.0]), values, jnp.array([0.5, 0.0, 0.9]))
+    targets = script.double_q_targets(
+        jnp.array([1.0, 1.0, -2.0]), values, jnp.array([0.5, 0.0, 0.9])
+    )
     np.testing.assert_allclose(targets, [3.0, 1.0, -6.5])
 
 
@@ -220,7 +263,10 @@ def test_double_q_targets(script):
 def test_project_distribution(script, num_atoms, batch, seed, scale):
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.ones(num_atoms), size=(2, batch))
-    rewards, discounts = scale * rng.normal(size=batch), rng.random(batch) * (rng.random(batch) < 0.7)
+    rewards, discounts = (
+        scale * rng.normal(size=batch),
+        rng.random(batch) * (rng.random(batch) < 0.7),
+    )
     support = np.linspace(-2, 3, num_atoms)
     expected, gap = np.zeros(probs.shape), support[1] - support[0]
     for critic, row, atom in np.ndindex(probs.shape):
@@ -255,10 +301,17 @@ def test_combine_distributions(script):
 
 
 @only("update_statistics", "normalize")
-@given(batches=st.integers(1, 6), batch=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), offset=st.floats(-10, 10))
+@given(
+    batches=st.integers(1, 6),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1),
+    offset=st.floats(-10, 10),
+)
 @settings(max_examples=80, deadline=None)
 def test_running_statistics(script, batches, batch, seed, offset):
-    data = (np.random.default_rng(seed).normal(size=(batches, batch, 3)) * [0.1, 1, 5] + offset).astype(np.float32)
+    data = (
+        np.random.default_rng(seed).normal(size=(batches, batch, 3)) * [0.1, 1, 5] + offset
+    ).astype(np.float32)
     statistics = script.Statistics(jnp.zeros(3), jnp.ones(3), jnp.float32(0))
     for part in data:
         statistics = script.update_statistics(statistics, jnp.asarray(part))
@@ -275,9 +328,13 @@ def test_lambda_returns_against_rlax(script):
     rlax = pytest.importorskip("rlax")
     rewards, next_values = jax.random.normal(jax.random.key(0), (2, 20, 3))
     terminated = jax.random.bernoulli(jax.random.key(1), 0.2, (20, 3))
-    ours = script.lambda_returns(rewards, next_values, terminated, jnp.zeros_like(terminated), 0.9, 0.7)
+    ours = script.lambda_returns(
+        rewards, next_values, terminated, jnp.zeros_like(terminated), 0.9, 0.7
+    )
     theirs = jax.vmap(rlax.lambda_returns, in_axes=(1, 1, 1, None), out_axes=1)
-    np.testing.assert_allclose(ours, theirs(rewards, 0.9 * ~terminated, next_values, 0.7), atol=1e-5)
+    np.testing.assert_allclose(
+        ours, theirs(rewards, 0.9 * ~terminated, next_values, 0.7), atol=1e-5
+    )
 
 
 @only("epsilon_greedy")
@@ -288,13 +345,17 @@ def test_epsilon_greedy_frequencies(script, epsilon, shape):
     actions = script.epsilon_greedy(jax.random.key(0), q_values, epsilon)
     assert actions.shape == shape and actions.dtype == jnp.int32
     frequencies = np.bincount(actions.ravel(), minlength=3) / actions.size
-    np.testing.assert_allclose(frequencies, [epsilon / 3, 1 - epsilon * 2 / 3, epsilon / 3], atol=0.01)
+    np.testing.assert_allclose(
+        frequencies, [epsilon / 3, 1 - epsilon * 2 / 3, epsilon / 3], atol=0.01
+    )
 
 
 @only("epsilon_greedy")
 def test_epsilon_greedy_is_greedy_for_each_row(script):
     q_values = jax.random.normal(jax.random.key(0), (5, 7, 4))
-    np.testing.assert_array_equal(script.epsilon_greedy(jax.random.key(1), q_values, 0.0), q_values.argmax(-1))
+    np.testing.assert_array_equal(
+        script.epsilon_greedy(jax.random.key(1), q_values, 0.0), q_values.argmax(-1)
+    )
 
 
 def test_every_script_is_tested():

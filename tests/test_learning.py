@@ -30,8 +30,19 @@ def test_solves_cartpole(name):
 def test_solves_pendulum():
     """A random policy returns about -1200; at this step all of ten seeds were above -175."""
     script = importlib.import_module("pql_isaac_style")
-    sizes = {"num_envs": 128, "num_steps": 32, "batch_size": 512, "hidden_sizes": (128, 128), "buffer_size": 200_000}
-    settings = {"learning_rate": 1e-3, "reward_scale": 0.1, "total_timesteps": 36_864, "eval_interval": 8}
+    sizes = {
+        "num_envs": 128,
+        "num_steps": 32,
+        "batch_size": 512,
+        "hidden_sizes": (128, 128),
+        "buffer_size": 200_000,
+    }
+    settings = {
+        "learning_rate": 1e-3,
+        "reward_scale": 0.1,
+        "total_timesteps": 36_864,
+        "eval_interval": 8,
+    }
     config = script.Config(env_id="Pendulum-v1", **sizes, **settings)
     _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
     assert metrics["eval/episodic_return"][-1] > -200
@@ -41,8 +52,18 @@ def test_remembers():
     """A bit for 20 steps: 1 for who remembers it, 0 for who guesses."""
     script = importlib.import_module("pqn_rnn_craftax")
     sizes = {"num_envs": 32, "num_minibatches": 16, "hidden_size": 128, "total_timesteps": 32_768}
-    settings = {"learning_rate": 1e-3, "td_lambda": 0.95, "epsilon_finish": 0.01, "max_grad_norm": 10.0}
-    settings |= {"norm_input": False, "forget_bias": 3.0, "eval_interval": 8, "env_params": ("memory_length=20",)}
+    settings = {
+        "learning_rate": 1e-3,
+        "td_lambda": 0.95,
+        "epsilon_finish": 0.01,
+        "max_grad_norm": 10.0,
+    }
+    settings |= {
+        "norm_input": False,
+        "forget_bias": 3.0,
+        "eval_interval": 8,
+        "env_params": ("memory_length=20",),
+    }
     for memory in (True, False):
         config = script.Config(env_id="MemoryChain-bsuite", memory=memory, **sizes, **settings)
         _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))

@@ -35,7 +35,13 @@ class Count(environment.Environment):
         time, kind = state[0] + 1, state[1]
         fails = (kind == 2) & (time >= 4)
         obs = jnp.where(fails, jnp.nan, jnp.stack([time, kind]))
-        return obs, obs, jnp.where(fails, jnp.nan, action[0] / 2 + time), (kind == 1) & (time == 3), {}
+        return (
+            obs,
+            obs,
+            jnp.where(fails, jnp.nan, action[0] / 2 + time),
+            (kind == 1) & (time == 3),
+            {},
+        )
 
     def reset_env(self, key, params):
         state = jnp.stack([0.0, jax.random.randint(key, (), 0, self.kinds).astype(jnp.float32)])
@@ -83,7 +89,9 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
         terminal = at_end and (kind == 1 or not bootstrap)
         np.testing.assert_array_equal(replay.next_obs[index], [time + k - failed, kind])
         np.testing.assert_allclose(replay.discount[index], 0 if terminal else 0.5**k)
-        actions = [replay.action[index[0] + i, index[1], 0] for i in range(k) if index[0] + i < num_rows]
+        actions = [
+            replay.action[index[0] + i, index[1], 0] for i in range(k) if index[0] + i < num_rows
+        ]
         if len(actions) == k:
             rewards = [action + time + 1 + i for i, action in enumerate(actions)]
             expected = sum(0.1 * 0.5**i * reward for i, reward in enumerate(rewards[: k - failed]))
@@ -91,31 +99,46 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
     lengths = {ends[kind] for kind in range(3 if env_id == "Failing" else 2)}
     assert min(lengths) <= np.nanmean(metrics["charts/episodic_length"]) <= max(lengths)
     assert (metrics["charts/physics_failures"].sum() > 0) == (env_id == "Failing")
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.actor.obs, state.replay)))
+    assert all(
+        np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.actor.obs, state.replay))
+    )
 
 
 def test_episodes_begin_afresh():
     """Environments that end in the same step begin with states of their own, or share them as resets_per_step says."""
     for resets, most in ((1.0, 64), (0.125, 8)):
-        config = dataclasses.replace(TINY, num_envs=64, total_timesteps=64 * 208, buffer_size=64 * 300, num_steps=200)
-        train = pql.make_train(dataclasses.replace(config, resets_per_step=resets, critic_updates=1, policy_updates=1))
+        config = dataclasses.replace(
+            TINY, num_envs=64, total_timesteps=64 * 208, buffer_size=64 * 300, num_steps=200
+        )
+        train = pql.make_train(
+            dataclasses.replace(config, resets_per_step=resets, critic_updates=1, policy_updates=1)
+        )
         state, _ = jax.jit(train)(jax.random.key(0))
-        obs = np.asarray(state.replay.obs[200])  # all began a new episode with the limit of 200 steps
+        obs = np.asarray(
+            state.replay.obs[200]
+        )  # all began a new episode with the limit of 200 steps
         assert not (obs == state.replay.next_obs[197]).all(axis=-1).any()
         assert len(np.unique(obs, axis=0)) == most
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": "pql_d"}, {"algorithm": "pql_d", "combine": "lower_mean"}])
+@pytest.mark.parametrize(
+    "settings", [{"algorithm": "pql_d"}, {"algorithm": "pql_d", "combine": "lower_mean"}]
+)
 def test_distributional(settings):
     config = dataclasses.replace(TINY, reward_scale=0.01, **settings)
     state, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
-    assert all(np.isfinite(metrics[f"losses/{name}"]).all() for name in ("td_loss", "policy_loss", "grad_norm"))
+    assert all(
+        np.isfinite(metrics[f"losses/{name}"]).all()
+        for name in ("td_loss", "policy_loss", "grad_norm")
+    )
     assert state.params["critic"]["params"]["MLP_0"]["Dense_1"]["kernel"].shape == (16, 51)
 
 
 def test_within_a_cycle_none_reads_what_another_writes():
     """The first policy updates are the same whatever the critic learns meanwhile, and the other way round."""
-    config = dataclasses.replace(TINY, num_steps=2, sync_every=2, total_timesteps=20 * 32, eval_interval=0)
+    config = dataclasses.replace(
+        TINY, num_steps=2, sync_every=2, total_timesteps=20 * 32, eval_interval=0
+    )
 
     def one_cycle(**settings):
         train = pql.make_train(dataclasses.replace(config, **settings))
@@ -127,9 +150,13 @@ def test_within_a_cycle_none_reads_what_another_writes():
     assert_equal(usual.v_learner.critic, one_cycle(policy_updates=5).v_learner.critic)
     assert_equal(usual.p_learner.critic, usual.v_learner.critic)
     assert_equal((usual.actor.policy, usual.v_learner.policy), (usual.p_learner.policy,) * 2)
-    assert_equal((usual.p_learner.statistics, usual.v_learner.statistics), (usual.actor.statistics,) * 2)
+    assert_equal(
+        (usual.p_learner.statistics, usual.v_learner.statistics), (usual.actor.statistics,) * 2
+    )
     with pytest.raises(AssertionError):
-        sequential = (one_cycle(algorithm="ddpg_n", critic_updates=n).p_learner.policy for n in (8, 12))
+        sequential = (
+            one_cycle(algorithm="ddpg_n", critic_updates=n).p_learner.policy for n in (8, 12)
+        )
         assert_equal(*sequential)
 
 
@@ -154,7 +181,10 @@ for name in metrics:
 
 @pytest.mark.parametrize("settings", [{}, {"sync_every": 4, "algorithm": "pql_d"}])
 def test_three_devices_equal_one(settings):
-    environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "PYTHONPATH": str(ROOT)}
+    environ = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "PYTHONPATH": str(ROOT),
+    }
     arguments = [sys.executable, "-c", THREE_DEVICES, str(SCRIPTS["pql_isaac_style"] | settings)]
     done = subprocess.run(arguments, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -165,7 +195,10 @@ def test_brax():
     config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, buffer_size=1000)
     config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=1)
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
-    assert np.isfinite(metrics["losses/grad_norm"]).all() and (metrics["eval/episodic_return"] > 1).all()
+    assert (
+        np.isfinite(metrics["losses/grad_norm"]).all()
+        and (metrics["eval/episodic_return"] > 1).all()
+    )
     assert 2 < np.nanmean(metrics["charts/episodic_length"]) < 30  # a fallen pole terminates
 
 
@@ -195,5 +228,8 @@ def test_keys_in_the_states_of_physics(tmp_path, monkeypatch):
     run_dir = pql.main(pql.parse_args([*flags("pql_isaac_style"), "--runs-dir", str(tmp_path)]))
     params = (run_dir / "params.msgpack").read_bytes()
     (run_dir / "params.msgpack").unlink()
+    (run_dir / "metadata.json").unlink()  # as if it were not finished
     pql.main(pql.parse_args(["--resume", str(run_dir)]))
-    assert (run_dir / "params.msgpack").read_bytes() == params  # written from the states that were loaded
+    assert (
+        run_dir / "params.msgpack"
+    ).read_bytes() == params  # written from the states that were loaded

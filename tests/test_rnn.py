@@ -33,7 +33,9 @@ def test_lstm_with_resets_is_its_pieces_apart(length, resets, seed):
     pieces = [lstm.apply(params, hidden, x[: ends[0]], clear[: ends[0]])[1]] if ends[0] else []
     for start, end in itertools.pairwise(ends):
         zeros = jax.tree.map(jnp.zeros_like, hidden)
-        last_of_piece, piece = lstm.apply(params, zeros, x[start:end], jnp.zeros((end - start, 1), bool))
+        last_of_piece, piece = lstm.apply(
+            params, zeros, x[start:end], jnp.zeros((end - start, 1), bool)
+        )
         pieces.append(piece)
     np.testing.assert_allclose(whole, jnp.concatenate(pieces), atol=1e-6)
     if len(ends) > 1:
@@ -49,10 +51,13 @@ def test_lstm_against_flax():
     params = lstm.init(jax.random.key(1), (zeros, zeros), x, jnp.zeros((9, 4), bool))["params"]
     params["Dense_0"]["bias"] += jax.random.normal(jax.random.key(2), (20,))
     inputs = jnp.split(params["Dense_0"]["kernel"], 4, axis=1)
-    recurrent = zip(jnp.split(params["kernel"], 4, axis=1), jnp.split(params["Dense_0"]["bias"], 4), strict=True)
+    recurrent = zip(
+        jnp.split(params["kernel"], 4, axis=1), jnp.split(params["Dense_0"]["bias"], 4), strict=True
+    )
     theirs = {f"i{gate}": {"kernel": kernel} for gate, kernel in zip("ifgo", inputs, strict=True)}
     theirs |= {
-        f"h{gate}": {"kernel": kernel, "bias": bias} for gate, (kernel, bias) in zip("ifgo", recurrent, strict=True)
+        f"h{gate}": {"kernel": kernel, "bias": bias}
+        for gate, (kernel, bias) in zip("ifgo", recurrent, strict=True)
     }
     _, ours = lstm.apply({"params": params}, (zeros, zeros), x, jnp.zeros((9, 4), bool))
     carry, cell = (zeros, zeros), nn.OptimizedLSTMCell(5)
@@ -77,7 +82,9 @@ def test_q_values_of_a_rollout_are_recomputed():
         hidden, q = network.apply(variables, hidden, obs[None], last_action[None], start[None])
         values.append(q[0])
         last_action = jax.random.randint(jax.random.key(t), (4,), 0, num_actions)
-        obs, env_state, _, terminated, truncated, _ = step(jax.random.key(t), env_state, last_action)
+        obs, env_state, _, terminated, truncated, _ = step(
+            jax.random.key(t), env_state, last_action
+        )
         start = terminated | truncated
     rollout = [jnp.stack(x) for x in zip(*steps, strict=True)]
     assert rollout[2][1:].any()
@@ -92,7 +99,9 @@ def test_without_memory_the_past_is_forgotten():
     for memory in (True, False):
         network = rnn.QNetwork(2, dataclasses.replace(TINY, memory=memory, norm_input=False))
         variables = network.init(jax.random.key(1), (zeros, zeros), obs[0], action, start)
-        last = [network.apply(variables, (zeros, zeros), past, action, start)[1][-1] for past in obs]
+        last = [
+            network.apply(variables, (zeros, zeros), past, action, start)[1][-1] for past in obs
+        ]
         assert bool((last[0] == last[1]).all()) != memory
 
 
@@ -110,7 +119,10 @@ def test_batch_renorm(batch, updates, first_steps, seed):
     variables = norm.init(jax.random.key(0), jnp.zeros((1, 3)), True)
     scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
     variables = variables | {"params": {"scale": scale, "bias": bias}}
-    stats = {"mean": rng.normal(size=3).astype(np.float32), "var": rng.uniform(0.01, 9, 3).astype(np.float32)}
+    stats = {
+        "mean": rng.normal(size=3).astype(np.float32),
+        "var": rng.uniform(0.01, 9, 3).astype(np.float32),
+    }
     variables["batch_stats"] = stats | {"steps": jnp.int32(first_steps)}
     mean, var = stats["mean"].astype(np.float64), stats["var"].astype(np.float64)
     for update in range(updates):
@@ -126,7 +138,10 @@ def test_batch_renorm(batch, updates, first_steps, seed):
         np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
         mean, var = 0.9 * mean + 0.1 * rows.mean(0), 0.9 * var + 0.1 * rows.var(0)
     np.testing.assert_allclose(
-        norm.apply(variables, x, False), (x - mean) / np.sqrt(var + 1e-3) * scale + bias, rtol=1e-3, atol=1e-3
+        norm.apply(variables, x, False),
+        (x - mean) / np.sqrt(var + 1e-3) * scale + bias,
+        rtol=1e-3,
+        atol=1e-3,
     )
     assert variables["batch_stats"]["steps"] == first_steps + updates
 
@@ -144,7 +159,9 @@ def test_rollout_targets(num_steps, seed, ends, trace):
     rewards, values = rng.normal(size=(2, num_steps, 1)).astype(np.float32)
     terminated, truncated = rng.random((2, num_steps, 1)) < ends
     cut = truncated & ~terminated
-    targets, counts = rnn.rollout_targets(*map(jnp.asarray, (rewards, values, terminated, truncated)), gamma, trace)
+    targets, counts = rnn.rollout_targets(
+        *map(jnp.asarray, (rewards, values, terminated, truncated)), gamma, trace
+    )
     np.testing.assert_array_equal(counts, ~cut[:-1])
     for t in range(num_steps - 1):
         if cut[t]:
@@ -164,8 +181,12 @@ def test_rollout_targets(num_steps, seed, ends, trace):
 
 def test_craftax():
     """All episodes are cut after 3 steps: fresh worlds are shared as the ratio says, and achievements are counted."""
-    config = dataclasses.replace(TINY, env_id="Craftax-Classic-Symbolic-v1", env_params=("max_timesteps=3",))
-    config = dataclasses.replace(config, num_envs=8, reset_ratio=4, total_timesteps=8 * 16, eval_interval=0)
+    config = dataclasses.replace(
+        TINY, env_id="Craftax-Classic-Symbolic-v1", env_params=("max_timesteps=3",)
+    )
+    config = dataclasses.replace(
+        config, num_envs=8, reset_ratio=4, total_timesteps=8 * 16, eval_interval=0
+    )
     reset, step, num_actions, limit = rnn.make_env(config, 8)
     obs, state = reset(jax.random.key(0))
     assert num_actions == 17 and limit == 3 and len(np.unique(obs, axis=0)) == 8
@@ -186,7 +207,9 @@ def test_craftax():
     assert np.isfinite(metrics["losses/grad_norm"]).all()
     np.testing.assert_array_equal(metrics["charts/episodic_length"], 3)
     rates = {name: values for name, values in metrics.items() if name.startswith("achievements/")}
-    assert len(rates) == 22 and all((values >= 0).all() and (values <= 1).all() for values in rates.values())
+    assert len(rates) == 22 and all(
+        (values >= 0).all() and (values <= 1).all() for values in rates.values()
+    )
 
 
 ENVS_OVER_DEVICES = """
@@ -209,7 +232,14 @@ def test_environments_of_one_seed_over_two_devices(tmp_path):
             "PYTHONPATH": str(ROOT),
         }
         program = ENVS_OVER_DEVICES.replace("== 2", f"== {number}")
-        arguments = [sys.executable, "-c", program, *flags("pqn_rnn_craftax"), "--runs-dir", str(number)]
+        arguments = [
+            sys.executable,
+            "-c",
+            program,
+            *flags("pqn_rnn_craftax"),
+            "--runs-dir",
+            str(number),
+        ]
         done = subprocess.run(arguments, cwd=tmp_path, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"on {number} x cpu" in done.stdout
@@ -218,7 +248,9 @@ def test_environments_of_one_seed_over_two_devices(tmp_path):
     np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("params", ["memory_length", "no_such=1", "memory_length=long", "memory_length=[1]", "="])
+@pytest.mark.parametrize(
+    "params", ["memory_length", "no_such=1", "memory_length=long", "memory_length=[1]", "="]
+)
 def test_bad_env_params(params):
     with pytest.raises(ValueError, match="--env-params"):
         rnn.make_env(dataclasses.replace(TINY, env_params=(params,)), 4)

@@ -2,9 +2,9 @@
 
 import csv
 import json
-import os
 import random
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -14,10 +14,19 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, only, warmup
+from conftest import SCRIPTS, only, warmup
 from flax import serialization
 
-FILES = {"checkpoint.msgpack", "config.json", "learning_curve.png", "metadata.json", "metrics.csv", "params.msgpack"}
+FILES = {"checkpoints", "config.json", "learning_curve.png", "metadata.json", "metrics.csv"}
+FILES |= {"params.msgpack"}
+# 29 chunks of 31 updates, each with a checkpoint.
+NUM_UPDATES = 29 * 31
+
+
+def long_run(script: str) -> list[str]:
+    steps = NUM_UPDATES * 32 + warmup(script)
+    flags = ["--num-seeds=3", f"--total-timesteps={steps}", "--eval-interval=100"]
+    return [*flags, "--checkpoint-interval=0"]
 
 
 def finish(process):
@@ -27,8 +36,8 @@ def finish(process):
     return output, errors
 
 
-def run_folder(command):
-    (folder,) = (command.folder / "runs").iterdir()
+def run_folder(command, runs_dir="runs"):
+    (folder,) = (command.folder / runs_dir).iterdir()
     return folder
 
 
@@ -37,149 +46,28 @@ def results(folder):
     return (folder / "metrics.csv").read_bytes(), (folder / "params.msgpack").read_bytes()
 
 
-def test_help(command):
-    output, _ = finish(command("--help", tiny=False))
-    assert "arXiv" in output and "--gamma" in output and "Discount factor" in output
-
-
-def test_run_leaves_its_files_and_no_warning(command):
-    output, errors = finish(command("--num-seeds=2", "--seed=5", "--anneal_lr=False", "--total-timesteps=3.2e2"))
-    folder = run_folder(command)
-    assert re.fullmatch(r"\w+__[\w-]+__5__\d+", folder.name)
-    assert {path.name for path in folder.iterdir()} == FILES
-    assert "warning" not in (output + errors).lower()
-    assert str(folder.relative_to(command.folder)) in output and "steps/s" in output and "100%" in errors
-
-    config = json.loads((folder / "config.json").read_text())
-    assert config["num_seeds"] == 2 and config["anneal_lr"] is False and config["total_timesteps"] == 320
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert [(int(row["seed"]), int(row["global_step"])) for row in rows] == [
-        (seed, steps) for steps in range(32 + warmup(command.script), 321, 32) for seed in (5, 6)
-    ]
-    assert len({row["charts/learning_rate"] for row in rows}) == 1
-    variables = serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
-    shapes = [x.shape for x in jax.tree.leaves(variables)]
-    assert {shape[0] for shape in shapes} == {2} and 16 in {shape[-1] for shape in shapes}  # seeds, units
-    metadata = json.loads((folder / "metadata.json").read_text())
-    assert metadata["steps_per_second"] > 0 and "jax" in metadata["versions"]
-    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_seed_does_not_depend_on_those_beside_it(command):
-    finish(command("--num-seeds=3", "--seed=7"))
-    with (run_folder(command) / "metrics.csv").open() as file:
-        together = [row for row in csv.DictReader(file) if row["seed"] == "8"]
-    finish(command("--seed=8", "--runs-dir=alone"))
-    (alone,) = (command.folder / "alone").iterdir()
-    rows = list(csv.DictReader((alone / "metrics.csv").open()))
-    assert len(rows) == 12
-    values = [np.array([list(map(float, row.values())) for row in table]) for table in (rows, together)]
-    np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
-
-
-LONG = ["--num-seeds=3", "--total-timesteps=9600", "--checkpoint-interval=0", "--eval-interval=50"]
-
-
-def test_killed_and_resumed_equals_never_killed(command):
-    """SIGKILL at KILLS random moments; the bytes of metrics and parameters are those of a run left alone."""
-    started = time.time()
-    finish(command(*LONG, "--runs-dir=whole"))
-    seconds = time.time() - started
-    (whole,) = (command.folder / "whole").iterdir()
-    flags, tiny, moments, kills = LONG, True, random.Random(0), int(os.environ.get("KILLS", "3"))
-    while kills:
-        process = command(*flags, tiny=tiny)
-        if not (folders := list(command.folder.glob("runs/*/config.json"))):
-            while not folders and process.poll() is None:
-                time.sleep(0.05)
-                folders = list(command.folder.glob("runs/*/config.json"))
-            time.sleep(moments.uniform(0, 1))
-        else:
-            time.sleep(moments.uniform(0, seconds))
-        process.kill()
-        process.communicate()
-        kills -= 1
-        flags, tiny = [f"--resume={folders[0].parent}"], False
-    finish(command(*flags, tiny=tiny))
-    assert results(run_folder(command)) == results(whole)
-
-
-def test_interrupted_and_resumed(command):
-    """Ctrl-C ends the run after the updates under way, with all its files."""
-    finish(command(*LONG, "--runs-dir=whole"))
-    (whole,) = (command.folder / "whole").iterdir()
-    process = command(*LONG)
-    while process.poll() is None and not list(command.folder.glob("runs/*/checkpoint.msgpack")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = finish(process)
-    folder = run_folder(command)
-    assert {path.name for path in folder.iterdir()} == FILES
-    if results(folder) != results(whole):
-        assert "--resume" in output
-    finish(command(f"--resume={folder}", tiny=False))
-    assert results(folder) == results(whole)
-
-
-@pytest.mark.parametrize("command", ["pqn_cartpole", "pqn_rnn_craftax", "pql_isaac_style"], indirect=True)
-def test_resumed_run_is_the_same_program(command, monkeypatch):
-    """A compilation cache that has the program of a run need not compile another one to resume it."""
-    cache = command.folder / "cache"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    finish(command())
-    (program,) = cache.glob("jit_proceed*-cache")
-    finish(command(f"--resume={run_folder(command)}", tiny=False))
-    assert list(cache.glob("jit_proceed*-cache")) == [program]
-
-
-def test_damaged_files(command):
-    """A checkpoint that is not whole, metrics of another script or with rows lost: one line that names the file."""
-    finish(command())
-    checkpoint, metrics = (run_folder(command) / name for name in ("checkpoint.msgpack", "metrics.csv"))
-    state, rows = checkpoint.read_bytes(), metrics.read_bytes()
-    for file, data in (
-        (metrics, b"".join(rows.splitlines(keepends=True)[:-1])),
-        (metrics, rows.replace(b"seed,", b"seed,losses/other,", 1)),
-        (checkpoint, state[: len(state) // 2]),
-        (checkpoint, b"\x00" * 99),
-    ):
-        file.write_bytes(data)
-        process = command(f"--resume={run_folder(command)}", tiny=False)
-        _, errors = process.communicate()
-        assert process.returncode == 2
-        assert "--resume" in errors and file.name in errors and len(errors.splitlines()) == 1
-
-
-DIVERGING = {
-    "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
-    "pqn_minatar": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
-    "ppo_cartpole": "--activation=relu --num-layers=40",
-    "dqn_cartpole": "--hidden-sizes" + " 64" * 40,
-    "pqn_rnn_craftax": "--env-params memory_length=0",  # observations divided by it
-    "pql_isaac_style": "--hidden-sizes" + " 64" * 40,
-}
-
-
-def test_nan_is_named(command):
-    flags = [*DIVERGING[command.script].split(), "--learning-rate=1", "--num-seeds=2", "--eval-interval=0"]
-    _, errors = finish(command(*flags))
-    named = re.findall(r"seed (\d): NaN in the loss or its gradient from update (\d+) on", errors)
-    rows = list(csv.DictReader((run_folder(command) / "metrics.csv").open()))
-    learns = SCRIPTS[command.script].get("learning_starts", 0)
-    nan_updates = {
-        row["seed"]: (int(row["global_step"]) - warmup(command.script)) // 32
-        for row in reversed(rows)
-        if row["losses/grad_norm"] == "nan" and int(row["global_step"]) > learns
+def checkpoints(command):
+    """The names of the whole checkpoints of the run."""
+    return {
+        path.name for path in command.folder.glob("runs/*/checkpoints/*") if path.name.isdigit()
     }
-    assert nan_updates and {seed: int(update) for seed, update in named} == nan_updates
+
+
+def wait_for_checkpoint(command, process, other_than=()):
+    while process.poll() is None and not checkpoints(command) - set(other_than):
+        time.sleep(0.01)
+
+
+def read_rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def wandb_history(path):
-    """The records of history in an offline file of Weights & Biases: a leveldb log of protobuf messages."""
+    """The runs and the history in an offline file of wandb, a leveldb log of protobuf messages."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, message, history, config = path.read_bytes(), 7, b"", [], {}
+    data, at, message, history, run = path.read_bytes(), 7, b"", [], None
     while at + 7 <= len(data):
         if 32_768 - at % 32_768 < 7:
             at += 32_768 - at % 32_768
@@ -191,45 +79,210 @@ def wandb_history(path):
             record, message = Record.FromString(message), b""
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
-                history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+                names = [item.key or item.nested_key[0] for item in items]
+                values = [json.loads(item.value_json) for item in items]
+                history.append(dict(zip(names, values, strict=True)))
             if record.WhichOneof("record_type") == "run":
                 run = record.run
-                config = {item.key: json.loads(item.value_json) for item in run.config.update} or config
-    return run.display_name, run.run_group, config, history
+    return run, history
 
 
-def test_wandb_offline(command):
-    finish(command("--num-seeds=2", "--wandb-mode=offline"))
-    folder = run_folder(command)
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    runs = {}
+def test_journey(command):
+    """Run, kill, resume, terminate, resume: the files are those of a run that was left alone."""
+    flags = long_run(command.script)
+    output, errors = finish(command(*flags, "--seed=5", "--runs-dir=whole"))
+    whole = run_folder(command, "whole")
+    first_line = errors.splitlines()[0]
+    assert all(word in first_line for word in (command.script, "3 seeds on", str(whole.name)))
+    assert "warning" not in (output + errors).lower() and "\r" not in errors
+    assert "steps/s" in output and "while exploring" in output or "greedy" in output
+    assert {path.name for path in whole.iterdir()} == FILES
+
+    process = command(*flags, "--seed=5", "--wandb-mode=offline", "--wandb-tags", "a")
+    wait_for_checkpoint(command, process)
+    time.sleep(random.Random(command.script).uniform(0, 1))
+    process.kill()
+    process.communicate()
+    folder, before = run_folder(command), checkpoints(command)
+    if not (folder / "metadata.json").exists():  # it was not faster
+        process = command(f"--resume={folder}", tiny=False)
+        wait_for_checkpoint(command, process, other_than=before)
+        process.send_signal(signal.SIGTERM)
+        output, errors = finish(process)
+        if (last := int(re.search(r"(\d+) of 899 updates", output)[1])) < NUM_UPDATES:
+            assert "stopping after this chunk" in errors and f"--resume {folder}" in errors
+            assert last % 31 == 0
+            finish(command(f"--resume={folder}", "--checkpoint-interval=1", tiny=False))
+    assert results(folder) == results(whole)
+    assert {path.name for path in folder.iterdir()} == FILES | {"wandb"}
+    check_files(command, folder)
+    check_wandb(folder, warmup(command.script) + 32 * max(map(int, before)))
+
+
+def check_files(command, folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_seeds"] == 3 and config["script"] == command.script
+    rows = read_rows(folder)
+    steps = warmup(command.script) + 32 * np.arange(1, NUM_UPDATES + 1)
+    expected = [(seed, step) for step in steps for seed in (5, 6, 7)]
+    assert [(int(row["seed"]), int(row["global_step"])) for row in rows] == expected
+    variables = serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
+    shapes = [x.shape for x in jax.tree.leaves(variables)]
+    assert {shape[0] for shape in shapes} == {3}  # seeds
+    assert 16 in {shape[-1] for shape in shapes}  # units
+    metadata = json.loads((folder / "metadata.json").read_text())
+    seconds = 3 * 32 * NUM_UPDATES / metadata["steps_per_second"]
+    np.testing.assert_allclose(metadata["run_seconds"], seconds, rtol=1e-6)
+    assert "jax" in metadata["versions"] and metadata["updates"] == NUM_UPDATES
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_wandb(folder, killed_at):
+    """Each update is there once with its values, but for what wandb had not written when killed."""
+    rows = read_rows(folder)
+    histories = {}
     for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
-        name, group, config, history = wandb_history(path)
-        assert group == folder.name and config["num_envs"] == 4
-        runs[name] = history
-    assert set(runs) == {"seed-0", "seed-1", "mean"}
-    for seed in "01":
-        mine = [row for row in rows if row["seed"] == seed]
-        assert [item["global_step"] for item in runs[f"seed-{seed}"]] == [int(row["global_step"]) for row in mine]
-        logged = [item["losses/grad_norm"] for item in runs[f"seed-{seed}"] if "losses/grad_norm" in item]
-        known = [float(row["losses/grad_norm"]) for row in mine if row["losses/grad_norm"] != "nan"]
-        np.testing.assert_allclose(logged, known, rtol=1e-5)
-        assert sum("eval/episodic_return" in item for item in runs[f"seed-{seed}"]) == 3
-    assert len(runs["mean"]) == 12 and "losses/grad_norm_std" in runs["mean"][-1]
+        run, history = wandb_history(path)
+        if run is None:
+            continue
+        assert run.run_group == folder.name and list(run.tags) == ["a"]
+        histories.setdefault(run.display_name, []).extend(history)
+    assert set(histories) == {"seed-5", "seed-6", "seed-7"}
+    for name, history in histories.items():
+        mine = {int(row["global_step"]): row for row in rows if row["seed"] == name[-1]}
+        steps = [item["global_step"] for item in history]
+        assert len(set(steps)) == len(steps) and set(steps) <= set(mine)
+        assert {step for step in mine if step > killed_at} <= set(steps)
+        assert [item["_step"] for item in history] == steps
+        for item in history:
+            row = mine[item["global_step"]]
+            known = {column for column, value in row.items() if value != "nan"} - {"seed"}
+            assert known == {column for column in item if column[0] != "_"}
+            for column in known:
+                np.testing.assert_allclose(item[column], float(row[column]), rtol=1e-5)
+
+
+PROGRAMS = ["pqn_cartpole", "dqn_cartpole", "pqn_rnn_craftax"]  # of which each has its own lines
+
+
+@pytest.mark.parametrize("command", PROGRAMS, indirect=True)
+def test_a_seed_does_not_depend_on_those_beside_it(command):
+    finish(command("--num-seeds=3", "--seed=7"))
+    together = [row for row in read_rows(run_folder(command)) if row["seed"] == "8"]
+    finish(command("--seed=8", "--runs-dir=alone"))
+    rows = read_rows(run_folder(command, "alone"))
+    assert len(rows) == 12
+    values = [
+        np.array([[*map(float, row.values())] for row in table]) for table in (rows, together)
+    ]
+    np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
-def test_wandb_of_one_seed(command):
-    finish(command("--wandb-mode=offline"))
-    (path,) = run_folder(command).glob("wandb/offline-run-*/run-*.wandb")
-    name, _, _, history = wandb_history(path)
-    assert name == "seed-0" and len(history) == 12
-    assert not [key for item in history for key in item if key.endswith("_std")]
+def test_ctrl_c(command):
+    """It is answered at once; the second one ends the run at once; nothing is lost but a chunk."""
+    flags = ["--total-timesteps=1e9", "--num-envs=32", "--eval-interval=0"]
+    process = command(*flags, "--checkpoint-interval=0")
+    wait_for_checkpoint(command, process)
+    folder = run_folder(command)
+    process.send_signal(signal.SIGINT)
+    output, errors = finish(process)
+    to_resume = f"to resume: python pqn_cartpole.py --resume runs/{folder.name}"
+    assert errors.splitlines()[1].startswith("stopping after this chunk")
+    assert to_resume in errors.splitlines()[1] and errors.splitlines()[-1] == to_resume
+    assert "updates, return" in output and (folder / "params.msgpack").exists()
+
+    process = command(f"--resume={folder}", tiny=False)
+    while process.poll() is None and (folder / "metadata.json").exists():
+        time.sleep(0.02)
+    time.sleep(3)  # compiling
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
+def test_resumed_run_is_the_same_program(command, monkeypatch):
+    """A compilation cache that has the program of a run need not compile another to resume it."""
+    cache = command.folder / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    finish(command(*long_run(command.script)))
+    folder = run_folder(command)
+    programs = sorted(cache.glob("jit_on_device*-cache"))
+    assert len(programs) == 2  # the first states and a chunk
+    (folder / "metadata.json").unlink()  # as if it were not finished
+    finish(command(f"--resume={folder}", tiny=False))
+    assert sorted(cache.glob("jit_on_device*-cache")) == programs
+
+
+@pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
+def test_full_disk(command):
+    """One line, and the last whole checkpoint stays: no file may grow beyond 40 KiB."""
+    process = command(*long_run(command.script))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40 * 2**10,) * 2)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "File too large" in errors.splitlines()[-1] and "Traceback" not in errors
+    folder = run_folder(command)
+    assert f"--resume runs/{folder.name}" in errors.splitlines()[-1]
+    finish(command(f"--resume={folder}", tiny=False))
+    assert len(read_rows(folder)) == 3 * NUM_UPDATES
+
+
+DIVERGING = {
+    "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
+    "dqn_cartpole": "--hidden-sizes" + " 64" * 40,
+}
+
+
+@pytest.mark.parametrize("command", DIVERGING, indirect=True)
+def test_nan_is_named(command):
+    flags = DIVERGING[command.script].split()
+    flags = [*flags, "--learning-rate=1", "--num-seeds=2", "--eval-interval=0"]
+    _, errors = finish(command(*flags))
+    named = re.findall(r"seed (\d): NaN in the loss or its gradient from update (\d+) on", errors)
+    learns = SCRIPTS[command.script].get("learning_starts", 0)
+    nan_updates = {
+        row["seed"]: int(row["global_step"]) // 32
+        for row in reversed(read_rows(run_folder(command)))
+        if row["losses/grad_norm"] == "nan" and int(row["global_step"]) > learns
+    }
+    assert nan_updates and {seed: int(update) for seed, update in named} == nan_updates
+
+
+def start_hosts(command, *flags):
+    """The script on two hosts, as Slurm would start it, both on this machine."""
+    job = str(random.randrange(4096, 2**15))  # the coordinator's port comes from it
+    slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    return [
+        command(*flags, environ=slurm | {"SLURM_PROCID": host, "SLURM_LOCALID": host})
+        for host in "01"
+    ]
+
+
+@pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
+def test_two_hosts(command):
+    """Two processes with a device each, one of them killed, both resumed: one process with two."""
+    flags = [*long_run(command.script), "--num-seeds=2"]
+    finish(command(*flags, "--runs-dir=one"))
+    hosts = start_hosts(command, *flags, "--distributed")
+    wait_for_checkpoint(command, hosts[0])
+    for process in hosts[::-1]:
+        process.kill()
+        process.communicate()
+    folder = run_folder(command)
+    for process in start_hosts(command, *flags, "--distributed", f"--resume={folder}"):
+        finish(process)
+    assert results(folder) == results(run_folder(command, "one"))
 
 
 @only("replay_insert")
 def test_replay_too_large_is_refused(script, tmp_path):
-    arguments = [sys.executable, ROOT / f"{script.__name__}.py", "--buffer-size=2e9"]
+    arguments = [sys.executable, script.__file__, "--buffer-size=2e9"]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert "--buffer-size is 2000000000" in done.stderr and "GiB" in done.stderr and done.stderr.count("\n") == 1
+    last_line = done.stderr.splitlines()[-1]
+    assert "--buffer-size is 2000000000" in last_line and "GiB" in last_line

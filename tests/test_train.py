@@ -15,7 +15,10 @@ from gymnax.environments import environment, spaces
 def assert_equal(first, second, **tolerance):
     """Two pytrees, bit for bit or within a tolerance; typed keys and NaN included."""
     first, second = (
-        jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
+        jax.tree.map(
+            lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+            tree,
+        )
         for tree in (first, second)
     )
     assert jax.tree.structure(first) == jax.tree.structure(second)
@@ -41,7 +44,9 @@ def test_chunks_equal_one_run(script, config, whole_run, sizes):
     state, metrics = jax.jit(lambda key: train(key, num_updates=sizes[0]))(jax.random.key(3))
     parts = [metrics]
     for size in sizes[1:]:
-        state, metrics = jax.jit(lambda state, size=size: train(state=state, num_updates=size))(state)
+        state, metrics = jax.jit(lambda state, size=size: train(state=state, num_updates=size))(
+            state
+        )
         parts.append(metrics)
     assert_equal((state, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)), whole_run)
 
@@ -106,7 +111,9 @@ def test_metrics(script, config, whole_run):
     number = np.arange(1, config.num_updates + 1)
     assert {value.shape for value in metrics.values()} == {(config.num_updates,)}
     np.testing.assert_array_equal(metrics["global_step"], warmup(script.__name__) + 32 * number)
-    np.testing.assert_array_equal(np.isnan(metrics["eval/episodic_return"]), number % config.eval_interval != 0)
+    np.testing.assert_array_equal(
+        np.isnan(metrics["eval/episodic_return"]), number % config.eval_interval != 0
+    )
     for name in ("learning_rate", "episodic_return", "episodic_length"):
         assert f"charts/{name}" in metrics
     losses = {name: values for name, values in metrics.items() if name.startswith("losses/")}
@@ -122,7 +129,9 @@ def test_metrics(script, config, whole_run):
 
 
 def test_learning_rate_falls_to_zero(script, config):
-    _, metrics = jax.jit(script.make_train(dataclasses.replace(config, anneal_lr=True)))(jax.random.key(0))
+    _, metrics = jax.jit(script.make_train(dataclasses.replace(config, anneal_lr=True)))(
+        jax.random.key(0)
+    )
     rates = metrics["charts/learning_rate"]
     assert (np.diff(rates) <= 0).all() and 0 < rates[-1] < 0.3 * config.learning_rate
 
@@ -130,14 +139,18 @@ def test_learning_rate_falls_to_zero(script, config):
 def test_last_update_is_evaluated(script, config):
     config = dataclasses.replace(config, eval_interval=5)
     _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
-    np.testing.assert_array_equal(np.flatnonzero(~np.isnan(metrics["eval/episodic_return"])), [4, 9, 11])
+    np.testing.assert_array_equal(
+        np.flatnonzero(~np.isnan(metrics["eval/episodic_return"])), [4, 9, 11]
+    )
 
 
 def primitives(jaxpr):
     """Names of all primitives in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from primitives(inner)
@@ -149,7 +162,9 @@ def test_evaluation_stays_a_branch_under_vmap(script, config):
     states, _ = jax.vmap(lambda key: train(key, num_updates=0))(keys)
 
     def unbatched(states):
-        return jax.vmap(lambda state: train(state=state._replace(update=states.update[0]), num_updates=4))(states)
+        return jax.vmap(
+            lambda state: train(state=state._replace(update=states.update[0]), num_updates=4)
+        )(states)
 
     def batched(states):
         return jax.vmap(lambda state: train(state=state, num_updates=4))(states)
@@ -193,7 +208,9 @@ def test_environments(script, config, env_id):
 @only("sticky_action_prob", "max_steps_in_episode")
 def test_flags_of_the_environment(script, config):
     """A time limit of 3 steps ends every episode; actions that all stick are all the first."""
-    _, metrics = script.make_train(dataclasses.replace(config, max_steps_in_episode=3))(jax.random.key(0))
+    _, metrics = script.make_train(dataclasses.replace(config, max_steps_in_episode=3))(
+        jax.random.key(0)
+    )
     np.testing.assert_array_equal(metrics["charts/episodic_length"], 3)
     env, params = script.make_env(dataclasses.replace(config, sticky_action_prob=1.0))
     _, state = env.reset(jax.random.key(0), params)
@@ -241,10 +258,18 @@ def test_truncation_is_not_an_end(script, config, bootstrap, trace, monkeypatch)
     """Every state is the same, so with bootstrapping its value is 1 / (1 - gamma), over however short episodes."""
     if hasattr(script, "GAMES"):
         monkeypatch.setattr(script, "GAMES", ("Clock",))
-    settings = {"total_timesteps": 32 * 800, "eval_interval": 0, "gamma": 0.8, "learning_rate": 1e-2, "anneal_lr": True}
+    settings = {
+        "total_timesteps": 32 * 800,
+        "eval_interval": 0,
+        "gamma": 0.8,
+        "learning_rate": 1e-2,
+        "anneal_lr": True,
+    }
     settings |= {"td_lambda": trace, "gae_lambda": trace, "reward_scale": 1.0, "clip_vloss": False}
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
-    config = dataclasses.replace(config, env_id=clock(script), bootstrap_on_truncation=bootstrap, **settings)
+    config = dataclasses.replace(
+        config, env_id=clock(script), bootstrap_on_truncation=bootstrap, **settings
+    )
     state, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
     if "losses/q_values" in metrics:
         value = metrics["losses/q_values"][-1]
@@ -258,7 +283,9 @@ def test_truncation_is_not_an_end(script, config, bootstrap, trace, monkeypatch)
 
 def test_truncation_flag_changes_nothing_without_truncation(script, config):
     runs = [
-        jax.jit(script.make_train(dataclasses.replace(config, bootstrap_on_truncation=flag)))(jax.random.key(0))
+        jax.jit(script.make_train(dataclasses.replace(config, bootstrap_on_truncation=flag)))(
+            jax.random.key(0)
+        )
         for flag in (True, False)
     ]
     # Where steps have a weight in the loss, the compiler may sum in another order if it knows that all count.
@@ -282,12 +309,16 @@ def test_norms(script, config, norm):
 def test_double_q_flag(script, config):
     """It changes the targets, but not before there is anything to learn from."""
     runs = [
-        jax.jit(script.make_train(dataclasses.replace(config, double_q=flag, learning_rate=1e-2)))(jax.random.key(0))
+        jax.jit(script.make_train(dataclasses.replace(config, double_q=flag, learning_rate=1e-2)))(
+            jax.random.key(0)
+        )
         for flag in (False, True)
     ]
     losses = np.array([metrics["losses/td_loss"] for _, metrics in runs])
     warm_up = config.learning_starts // 32
-    assert np.isnan(losses[:, :warm_up]).all() and (losses[0, warm_up:] != losses[1, warm_up:]).any()
+    assert (
+        np.isnan(losses[:, :warm_up]).all() and (losses[0, warm_up:] != losses[1, warm_up:]).any()
+    )
 
 
 @only("replay_insert")

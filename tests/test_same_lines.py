@@ -1,0 +1,80 @@
+"""The same helper in several scripts is the same to the letter, so that testing it in one is enough."""
+
+import ast
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+# What scripts have under one name and of their own.
+OWN = {"Config", "MLP", "QNetwork", "TrainState", "Transition", "make_env", "make_train", "LIMITS"}
+# Who differs from the others, and why.
+VARIANTS = {
+    "is_nan": {"dqn_cartpole"},  # nothing is measured before learning starts
+    "make_programs": {"dqn_cartpole", "pql_isaac_style", "pqn_rnn_craftax"},  # replay; environments
+    "replay_sample": {"pql_isaac_style"},  # of a whole replay or of its states
+    "start_devices": {"pqn_rnn_craftax"},  # environments over devices
+}
+RULE = "# --- Running it: not needed to copy the algorithm"
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Functions, classes and constants at the top level, as syntax trees in words."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.dump(node)
+        if isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.dump(node)
+    return found
+
+
+def drift(sources: dict[str, str]) -> list[str]:
+    """Names under which scripts hold different code, though they should not."""
+    scripts = {name: definitions(source) for name, source in sources.items()}
+    names = {name for found in scripts.values() for name in found} - OWN
+    copies = {
+        name: {
+            found[name]
+            for script, found in scripts.items()
+            if name in found and script not in VARIANTS.get(name, ())
+        }
+        for name in names
+    }
+    return [name for name, variants in copies.items() if len(variants) > 1]
+
+
+@pytest.fixture
+def sources():
+    return {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+
+
+def test_helpers_are_the_same(sources):
+    assert drift(sources) == []
+
+
+@pytest.mark.parametrize("old, new", [("30:", "31:"), ('"nan"', '"NaN"'), ("done += ", "done -= ")])
+def test_a_changed_character_is_found(sources, old, new):
+    assert old in sources["ppo_cartpole"]
+    sources["ppo_cartpole"] = sources["ppo_cartpole"].replace(old, new)
+    assert len(drift(sources)) == 1
+
+
+def test_running_half(sources):
+    """It is the last section, the same everywhere; main is no longer than half of make_train."""
+    for source in sources.values():
+        running = definitions(source.split(RULE)[1].split("\n", 1)[1])
+        assert set(running) >= {"main", "parse_args", "Recorder"} and not set(running) & OWN
+        nodes = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+        lengths = {name: node.end_lineno - node.lineno + 1 for name, node in nodes.items()}
+        functions = [
+            length for name, length in lengths.items() if isinstance(nodes[name], ast.FunctionDef)
+        ]
+        assert lengths["main"] <= 80 and lengths["main"] <= lengths["make_train"] / 2
+        assert max(functions) == lengths["make_train"]
+
+
+def test_every_number_has_its_limits(script):
+    """LIMITS names each field of Config that is a number, once."""
+    numbers = [name for name, kind in script.Config.__annotations__.items() if kind in (int, float)]
+    limited = [name for _, _, names in script.LIMITS for name in names.split()]
+    assert sorted(limited) == sorted(numbers)
