@@ -779,8 +779,10 @@ def main(config: Config) -> Path:
                     recorder.record(*pending.pop())
                 pending.append((done, metrics))
                 done += metrics["global_step"].shape[1]
-                while not all(x.is_ready() for x in metrics.values()):
-                    time.sleep(0.001)  # outside of JAX, where Python sees signals
+                # Waiting for a thread Python sees signals, waiting for JAX it does not.
+                chunk = threading.Thread(target=jax.block_until_ready, args=[metrics], daemon=True)
+                chunk.start()
+                chunk.join()
                 is_due = time.monotonic() - saved_at >= config.checkpoint_interval
                 flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
                 stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
