@@ -9,7 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"SDL_AUDIODRIVER": "dummy", "SDL_VIDEODRIVER": "dummy"}  # pygame draws without a screen
+os.environ |= {
+    "SDL_AUDIODRIVER": "dummy",
+    "SDL_VIDEODRIVER": "dummy",
+}  # pygame draws without a screen
 
 import jax
 import tyro

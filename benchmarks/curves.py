@@ -33,7 +33,9 @@ def read_returns(run_dir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     with (run_dir / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     seeds = sorted({int(row["seed"]) for row in rows})
-    returns = np.array([[float(row[metric]) for row in rows if int(row["seed"]) == seed] for seed in seeds])
+    returns = np.array(
+        [[float(row[metric]) for row in rows if int(row["seed"]) == seed] for seed in seeds]
+    )
     steps = np.array([int(row["global_step"]) for row in rows if int(row["seed"]) == seeds[0]])
     known = ~np.isnan(returns).any(axis=0)
     return steps[known], returns[:, known]
@@ -46,7 +48,11 @@ def read_achievements(run_dir: Path) -> dict[str, float]:
     rows = [row for row in rows if float(row["global_step"]) > 0.9 * float(rows[-1]["global_step"])]
     names = [name for name in rows[0] if name.startswith("achievements/")]
     shares = {name: float(np.nanmean([float(row[name]) for row in rows])) for name in names}
-    return {name: round(share, 4) for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0}
+    return {
+        name: round(share, 4)
+        for name, share in sorted(shares.items(), key=lambda item: -item[1])
+        if share > 0
+    }
 
 
 def run_curve(command: str, num_seeds: int, metric: str, x: str) -> dict:
@@ -57,7 +63,12 @@ def run_curve(command: str, num_seeds: int, metric: str, x: str) -> dict:
         steps, returns = read_returns(run_dir, metric)
         num_envs = json.loads((run_dir / "config.json").read_text())["num_envs"]
         achievements = read_achievements(run_dir)
-    curve = {"command": command, "global_step": steps.tolist(), "num_envs": num_envs, "returns": returns.tolist()}
+    curve = {
+        "command": command,
+        "global_step": steps.tolist(),
+        "num_envs": num_envs,
+        "returns": returns.tolist(),
+    }
     curve |= {"achievements": achievements} if achievements else {}
     if x == "seconds":
         with tempfile.TemporaryDirectory() as folder:
@@ -68,21 +79,31 @@ def run_curve(command: str, num_seeds: int, metric: str, x: str) -> dict:
 
 def run_peer(command: str) -> dict:
     """Run a peer and read its curve, with its speed where it tells one."""
-    output = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=True).stdout
+    output = subprocess.run(
+        shlex.split(command), stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     result = json.loads(output.splitlines()[-1])
     names = ("global_step", "returns", "steps_per_second", "compile_seconds")
     return {name: result[name] for name in names if name in result}
 
 
-def plot(path: Path, curves: dict[str, dict], metric: str, x: str, title: str, line: float | None) -> None:
+def plot(
+    path: Path, curves: dict[str, dict], metric: str, x: str, title: str, line: float | None
+) -> None:
     """Mean over seeds and its standard deviation, over environment steps, steps of each environment, or seconds."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(
-        xlabel=LABELS[x], ylabel="greedy return" if metric.startswith("eval") else metric, title=title
+        xlabel=LABELS[x],
+        ylabel="greedy return" if metric.startswith("eval") else metric,
+        title=title,
     )
     for label, curve in curves.items():
         mean, std = np.array(curve["mean"]), np.array(curve["std"])
-        scale = {"steps": 1, "steps_per_env": curve.get("num_envs"), "seconds": curve.get("steps_per_second")}[x]
+        scale = {
+            "steps": 1,
+            "steps_per_env": curve.get("num_envs"),
+            "seconds": curve.get("steps_per_second"),
+        }[x]
         label += f" (compiling {curve['compile_seconds']:.1f} s)" if x == "seconds" else ""
         axes.plot(np.array(curve["global_step"]) / scale, mean, label=label)
         axes.fill_between(np.array(curve["global_step"]) / scale, mean - std, mean + std, alpha=0.2)
@@ -123,15 +144,27 @@ def main(
         results[label] = run_peer(command)
     for label, curve in results.items():
         returns = np.array(curve.pop("returns"))
-        curve |= {"mean": returns.mean(0).round(3).tolist(), "std": returns.std(0).round(3).tolist()}
+        curve |= {
+            "mean": returns.mean(0).round(3).tolist(),
+            "std": returns.std(0).round(3).tolist(),
+        }
         curve["final"] = returns[:, -1].round(3).tolist()
-        print(f"{label}: {returns[:, -1].mean():.1f} ± {returns[:, -1].std():.1f} (lowest {returns[:, -1].min():.1f})")
+        print(
+            f"{label}: {returns[:, -1].mean():.1f} ± {returns[:, -1].std():.1f} (lowest {returns[:, -1].min():.1f})"
+        )
     path = ROOT / "benchmarks" / "results" / name
     result = {"metric": metric, "num_seeds": num_seeds, **describe_machine(), "curves": results}
     path.with_suffix(".json").write_text(json.dumps(result))
     for i, over in enumerate(x):
         own_path = path.with_name(f"{name}_{over}" if i else name).with_suffix(".png")
-        plot(own_path, results, metric, over, f"{title or name}, {num_seeds} seed{'s' * (num_seeds > 1)}", line)
+        plot(
+            own_path,
+            results,
+            metric,
+            over,
+            f"{title or name}, {num_seeds} seed{'s' * (num_seeds > 1)}",
+            line,
+        )
 
 
 if __name__ == "__main__":

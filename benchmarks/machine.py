@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_script(script: str, arguments: list[str], runs_dir: Path) -> tuple[Path, dict]:
     """Run <script>.py; returns the folder of the run and its metadata, with peak_memory_gib of the process added."""
-    process = subprocess.Popen([sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, *arguments])
+    process = subprocess.Popen(
+        [sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, *arguments]
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{script}.py {' '.join(arguments)} failed")
@@ -27,7 +29,9 @@ def describe_machine() -> dict:
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), model
+        )
     versions = {name: version(name) for name in ("jax", "flax", "optax", "gymnax", "numpy")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model, "cores": cores, "python": platform.python_version(), "versions": versions}

@@ -18,7 +18,9 @@ script, *flags = sys.argv[1:]
 with tempfile.TemporaryDirectory() as folder:
     started = time.perf_counter()
     command = [sys.executable, Path(script).resolve(), "--no-cuda", *flags]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder).stdout
+    output = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder
+    ).stdout
     seconds = time.perf_counter() - started
 returns = [float(text) for text in re.findall(r"episodic_return=\[?([-\d.]+)", output)]
 result = {

@@ -21,15 +21,37 @@ parser.add_argument("--steps-per-env", type=int, default=3200)
 args = parser.parse_args()
 logging.disable(logging.INFO)
 
-FIXED = {"learning_rate": 1e-4, "gamma": 0.99, "lambda_": 0.95, "reward_scale": 0.1, "epsilon_start": 1.0}
-FIXED |= {"epsilon_end": 0.2, "max_grad_norm": 10.0, "num_epochs": 4, "num_minibatches": 16, "hidden_size": 256}
-FIXED |= {"epsilon_decay_steps": args.steps_per_env // 5, "num_layers": 2, "rollout_steps": 64, "eval_frequency": 0}
+FIXED = {
+    "learning_rate": 1e-4,
+    "gamma": 0.99,
+    "lambda_": 0.95,
+    "reward_scale": 0.1,
+    "epsilon_start": 1.0,
+}
+FIXED |= {
+    "epsilon_end": 0.2,
+    "max_grad_norm": 10.0,
+    "num_epochs": 4,
+    "num_minibatches": 16,
+    "hidden_size": 256,
+}
+FIXED |= {
+    "epsilon_decay_steps": args.steps_per_env // 5,
+    "num_layers": 2,
+    "rollout_steps": 64,
+    "eval_frequency": 0,
+}
 FIXED |= {"lr_decay_steps": args.steps_per_env // 64 * 64, "lr_end": 0.0, "scan_chunk_size": 640}
 
 
 def seconds(steps_per_env: int) -> float:
     config = create_config(
-        "cartpole-control", "pqn", num_envs=args.num_envs, steps_per_env=steps_per_env, wandb_enabled=False, **FIXED
+        "cartpole-control",
+        "pqn",
+        num_envs=args.num_envs,
+        steps_per_env=steps_per_env,
+        wandb_enabled=False,
+        **FIXED,
     )
     started = time.perf_counter()
     jax.block_until_ready(train_and_evaluate(config).agent_state)
@@ -41,5 +63,8 @@ with tempfile.TemporaryDirectory() as folder:
     seconds(640)  # what only the first run of a process pays
     short, long = seconds(640), seconds(640 + args.steps_per_env)
 steps_per_second = args.num_envs * args.steps_per_env / (long - short)
-result = {"compile_seconds": short - 640 * args.num_envs / steps_per_second, "steps_per_second": steps_per_second}
+result = {
+    "compile_seconds": short - 640 * args.num_envs / steps_per_second,
+    "steps_per_second": steps_per_second,
+}
 print(json.dumps(result))

@@ -25,8 +25,13 @@ parser.add_argument("--evaluate", action="store_true")
 parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
 args = parser.parse_args()
 
-kinds = {"MinAtar": ("pqn_minatar", "pqn_minatar"), "Craftax": ("pqn_rnn_craftax", "pqn_rnn_craftax")}
-module, alg = next((names for kind, names in kinds.items() if kind in args.env_id), ("pqn_gymnax", "pqn_cartpole"))
+kinds = {
+    "MinAtar": ("pqn_minatar", "pqn_minatar"),
+    "Craftax": ("pqn_rnn_craftax", "pqn_rnn_craftax"),
+}
+module, alg = next(
+    (names for kind, names in kinds.items() if kind in args.env_id), ("pqn_gymnax", "pqn_cartpole")
+)
 make_train = importlib.import_module(f"purejaxql.{module}").make_train
 config = yaml.safe_load((Path(purejaxql.__file__).parent / f"config/alg/{alg}.yaml").read_text())
 config |= {
@@ -35,7 +40,9 @@ config |= {
     "TOTAL_TIMESTEPS_DECAY": args.total_timesteps,
 }
 config |= {"TEST_DURING_TRAINING": args.evaluate, "WANDB_MODE": "disabled"}
-config |= {name: yaml.safe_load(value) for name, value in (change.split("=") for change in args.set)}
+config |= {
+    name: yaml.safe_load(value) for name, value in (change.split("=") for change in args.set)
+}
 keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)
 start = time.perf_counter()
 train = jax.jit(jax.vmap(make_train(config))).lower(keys).compile()
@@ -52,5 +59,7 @@ if args.evaluate:
     steps = np.asarray(metrics["env_step"])[0]
     interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
     result["global_step"] = steps[interval - 1 :: interval].tolist()
-    result["returns"] = np.asarray(metrics["test/returned_episode_returns"])[:, interval - 1 :: interval].tolist()
+    result["returns"] = np.asarray(metrics["test/returned_episode_returns"])[
+        :, interval - 1 :: interval
+    ].tolist()
 print(json.dumps(result))

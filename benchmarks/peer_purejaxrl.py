@@ -15,11 +15,29 @@ import gymnax.wrappers.purerl
 import jax
 import numpy as np
 
-PPO = {"LR": 2.5e-4, "NUM_ENVS": 4, "NUM_STEPS": 128, "UPDATE_EPOCHS": 4, "NUM_MINIBATCHES": 4, "GAMMA": 0.99}
+PPO = {
+    "LR": 2.5e-4,
+    "NUM_ENVS": 4,
+    "NUM_STEPS": 128,
+    "UPDATE_EPOCHS": 4,
+    "NUM_MINIBATCHES": 4,
+    "GAMMA": 0.99,
+}
 PPO |= {"GAE_LAMBDA": 0.95, "CLIP_EPS": 0.2, "ENT_COEF": 0.01, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5}
 PPO |= {"ACTIVATION": "tanh", "ANNEAL_LR": True, "DEBUG": False}
-DQN = {"NUM_ENVS": 10, "BUFFER_SIZE": 10_000, "BUFFER_BATCH_SIZE": 128, "EPSILON_START": 1.0, "EPSILON_FINISH": 0.05}
-DQN |= {"TARGET_UPDATE_INTERVAL": 500, "LR": 2.5e-4, "LEARNING_STARTS": 10_000, "TRAINING_INTERVAL": 10}
+DQN = {
+    "NUM_ENVS": 10,
+    "BUFFER_SIZE": 10_000,
+    "BUFFER_BATCH_SIZE": 128,
+    "EPSILON_START": 1.0,
+    "EPSILON_FINISH": 0.05,
+}
+DQN |= {
+    "TARGET_UPDATE_INTERVAL": 500,
+    "LR": 2.5e-4,
+    "LEARNING_STARTS": 10_000,
+    "TRAINING_INTERVAL": 10,
+}
 DQN |= {"LR_LINEAR_DECAY": False, "GAMMA": 0.99, "TAU": 1.0, "WANDB_MODE": "disabled"}
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -31,7 +49,8 @@ parser.add_argument("--set", nargs="*", default=[], help="further NAME=value of 
 parser.add_argument("--curve", action="store_true")
 args = parser.parse_args()
 
-# ppo.py's own wrappers.py imports brax and navix; these two wrappers of it were taken over by gymnax as they are.
+# ppo.py's own wrappers.py imports brax and navix; these two wrappers of it were taken over by
+# gymnax as they are.
 sys.modules["wrappers"] = gymnax.wrappers.purerl
 config = dict(PPO if args.algorithm == "ppo" else DQN)
 config |= {"ENV_NAME": args.env_id, "TOTAL_TIMESTEPS": args.total_timesteps}
@@ -40,7 +59,11 @@ for name, _, value in (item.partition("=") for item in args.set):
     config[name] = json.loads(value) if value[0].isdigit() else value
 keys = jax.random.split(jax.random.PRNGKey(0), args.num_seeds)
 start = time.perf_counter()
-train = jax.jit(jax.vmap(importlib.import_module(args.algorithm).make_train(config))).lower(keys).compile()
+train = (
+    jax.jit(jax.vmap(importlib.import_module(args.algorithm).make_train(config)))
+    .lower(keys)
+    .compile()
+)
 compiled = time.perf_counter()
 metrics = jax.block_until_ready(train(keys))["metrics"]
 seconds = time.perf_counter() - compiled
@@ -50,7 +73,9 @@ result = {
     "steps_per_second": args.num_seeds * args.total_timesteps / seconds,
 }
 if args.curve:
-    returns = np.asarray(metrics["returned_episode_returns" if args.algorithm == "ppo" else "returns"])
+    returns = np.asarray(
+        metrics["returned_episode_returns" if args.algorithm == "ppo" else "returns"]
+    )
     returns = returns.reshape(args.num_seeds, returns.shape[1], -1).mean(-1)
     result["global_step"] = np.linspace(0, args.total_timesteps, len(returns[0]) + 1)[1:].tolist()
     result["returns"] = returns.tolist()

@@ -32,7 +32,9 @@ def environments(module, config, key):
 
         def step(physics, key):
             action = jax.random.uniform(key, (config.num_envs, env.action_size), minval=-1)
-            physics, obs, reward, _ = jax.vmap(env.step)(jax.random.split(key, config.num_envs), physics, action)
+            physics, obs, reward, _ = jax.vmap(env.step)(
+                jax.random.split(key, config.num_envs), physics, action
+            )
             return physics, (obs.sum(), reward.sum())
     else:
         reset, env_step, num_actions, _ = module.make_env(config, config.num_envs)
@@ -43,7 +45,9 @@ def environments(module, config, key):
             obs, physics, reward, *_ = env_step(key, physics, action)
             return physics, (obs.sum(), reward.sum())
 
-    return lambda physics: jax.lax.scan(step, physics, jax.random.split(key, config.num_steps)), physics
+    return lambda physics: jax.lax.scan(
+        step, physics, jax.random.split(key, config.num_steps)
+    ), physics
 
 
 def samples(module, config, state, key):
@@ -71,10 +75,18 @@ def measure(script: str, flags: dict, learner: tuple[str, ...], repeats: int) ->
     key = jax.random.key(0)
     programs = {}
     for name in ("update", *learner):
-        changed = config if name == "update" else dataclasses.replace(config, **{name: 2 * getattr(config, name)})
+        changed = (
+            config
+            if name == "update"
+            else dataclasses.replace(config, **{name: 2 * getattr(config, name)})
+        )
         train = module.make_train(changed)
         state = jax.jit(train.init)(key)
-        run = jax.jit(lambda state, train=train: train(state=state, num_updates=1)).lower(state).compile()
+        run = (
+            jax.jit(lambda state, train=train: train(state=state, num_updates=1))
+            .lower(state)
+            .compile()
+        )
         programs[name] = run, run(state)[0]
     state = programs["update"][1]
     for name, (function, argument) in {
@@ -92,7 +104,12 @@ def measure(script: str, flags: dict, learner: tuple[str, ...], repeats: int) ->
     parts = {name: medians[name] - medians["update"] for name in learner}
     parts |= {name: medians[name] for name in ("environments", "samples") if name in medians}
     steps_per_second = config.num_envs * config.num_steps / medians["update"] * 1000
-    return {"flags": flags, "update": medians["update"], "parts": parts, "steps_per_second": steps_per_second}
+    return {
+        "flags": flags,
+        "update": medians["update"],
+        "parts": parts,
+        "steps_per_second": steps_per_second,
+    }
 
 
 def main(
@@ -117,10 +134,17 @@ def main(
         label, _, flags = text.partition("=")
         row = {"label": label} | measure(script, json.loads(flags), learner, repeats)
         measured.append(row)
-        parts = ", ".join(f"{part} {ms:.0f} ms ({ms / row['update']:.0%})" for part, ms in row["parts"].items())
-        print(f"{label}: update {row['update']:.0f} ms, {row['steps_per_second']:,.0f} steps/s: {parts}", flush=True)
+        parts = ", ".join(
+            f"{part} {ms:.0f} ms ({ms / row['update']:.0%})" for part, ms in row["parts"].items()
+        )
+        print(
+            f"{label}: update {row['update']:.0f} ms, {row['steps_per_second']:,.0f} steps/s: {parts}",
+            flush=True,
+        )
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.write_text(json.dumps({"script": script, **describe_machine(), "rows": measured}, indent=2))
+    path.write_text(
+        json.dumps({"script": script, **describe_machine(), "rows": measured}, indent=2)
+    )
 
 
 if __name__ == "__main__":

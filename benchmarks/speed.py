@@ -21,7 +21,12 @@ from machine import describe_machine, run_script
 
 
 def main(
-    script: tyro.conf.Positional[str], /, name: str, flags: str = "", peer: str | None = None, repeats: int = 3
+    script: tyro.conf.Positional[str],
+    /,
+    name: str,
+    flags: str = "",
+    peer: str | None = None,
+    repeats: int = 3,
 ) -> None:
     """Time the script and the peer in turns; prints medians and their ratio.
 
@@ -39,14 +44,18 @@ def main(
             _, metadata = run_script(script, shlex.split(flags), Path(folder))
         timings[script].append(metadata)
         if peer:
-            output = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=True).stdout
+            output = subprocess.run(
+                shlex.split(command), stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
             timings[label].append(json.loads(output.splitlines()[-1]))
     keys = ("steps_per_second", "compile_seconds", "peak_memory_gib")
     timings = {
-        who: {key: [round(run[key], 3) for run in runs if key in run] for key in keys} for who, runs in timings.items()
+        who: {key: [round(run[key], 3) for run in runs if key in run] for key in keys}
+        for who, runs in timings.items()
     }
     medians = {
-        who: {key: statistics.median(values) for key, values in rows.items() if values} for who, rows in timings.items()
+        who: {key: statistics.median(values) for key, values in rows.items() if values}
+        for who, rows in timings.items()
     }
     result = {
         "script": script,
@@ -57,10 +66,16 @@ def main(
         "medians": medians,
     }
     if peer:
-        result["ratios"] = {key: medians[script][key] / medians[label][key] for key in keys[:2] if medians[label][key]}
+        result["ratios"] = {
+            key: medians[script][key] / medians[label][key]
+            for key in keys[:2]
+            if medians[label][key]
+        }
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(result, indent=2))
-    print(json.dumps({key: result[key] for key in ("medians", "ratios") if key in result}, indent=2))
+    print(
+        json.dumps({key: result[key] for key in ("medians", "ratios") if key in result}, indent=2)
+    )
 
 
 if __name__ == "__main__":

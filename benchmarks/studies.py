@@ -95,7 +95,11 @@ STUDIES = {
     **{
         f"minatar_{game.lower()}_1e6": f"curves.py --num-seeds 3 --title {game}-MinAtar "
         f'--curves "PQN=pqn_minatar --env-id {game}-MinAtar --total-timesteps 1e6 --eval-interval 12"'
-        + (f' --peer "PureJaxQL=$PUREJAXQL {PUREJAXQL_MINATAR} --env-id {game}-MinAtar"' if game in SAME_GAMES else "")
+        + (
+            f' --peer "PureJaxQL=$PUREJAXQL {PUREJAXQL_MINATAR} --env-id {game}-MinAtar"'
+            if game in SAME_GAMES
+            else ""
+        )
         for game in GAMES
     },
     "minatar_freeway_truncation": "curves.py --num-seeds 3 --title Freeway-MinAtar --curves "
@@ -124,7 +128,9 @@ STUDIES = {
     "pql_pendulum": f'curves.py --line=-200 --title Pendulum-v1 --curves "PQL={PENDULUM}" '
     f'"PQL-D={PENDULUM} --algorithm pql_d --reward-scale 0.01" "DDPG(n)={PENDULUM} --algorithm ddpg_n"',
     "pql_exploration": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "mixed={SHORT_PENDULUM}" '
-    + " ".join(f'"{s}={SHORT_PENDULUM} --stddev-min {s} --stddev-max {s}"' for s in (0.2, 0.4, 0.6, 0.8)),
+    + " ".join(
+        f'"{s}={SHORT_PENDULUM} --stddev-min {s} --stddev-max {s}"' for s in (0.2, 0.4, 0.6, 0.8)
+    ),
     "pql_beta_pv": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:1={SHORT_PENDULUM} '
     f'--policy-updates 8" "1:2={SHORT_PENDULUM}" "1:4={SHORT_PENDULUM} --policy-updates 2"',
     "pql_beta_av": f'curves.py --num-seeds 4 --line=-200 --title Pendulum-v1 --curves "1:4={SHORT_PENDULUM} '
@@ -188,14 +194,24 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /, dry_run: bool = F
         dry_run: Print the commands and run none.
     """
     if unknown := set(names) - set(STUDIES):
-        print(f"no such study: {', '.join(unknown)}; there are {', '.join(STUDIES)}", file=sys.stderr)
+        print(
+            f"no such study: {', '.join(unknown)}; there are {', '.join(STUDIES)}", file=sys.stderr
+        )
         return 2
     for name in names or STUDIES:
         tool, _, rest = STUDIES[name].partition(" ")
-        if missing := [variable for variable in re.findall(r"\$(\w+)", rest) if variable not in os.environ]:
+        if missing := [
+            variable for variable in re.findall(r"\$(\w+)", rest) if variable not in os.environ
+        ]:
             print(f"{name}: without its peer, as {' and '.join(missing)} is not set")
             rest = re.sub(r' ?--peer "[^"]*"', "", rest)
-        command = [sys.executable, f"benchmarks/{tool}", *shlex.split(os.path.expandvars(rest)), "--name", name]
+        command = [
+            sys.executable,
+            f"benchmarks/{tool}",
+            *shlex.split(os.path.expandvars(rest)),
+            "--name",
+            name,
+        ]
         print(f"python {shlex.join(command[1:])}", flush=True)
         if not dry_run:
             started = time.perf_counter()

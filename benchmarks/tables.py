@@ -18,7 +18,9 @@ def load(*patterns: str) -> dict[str, dict]:
     """Studies by name, in the order of the patterns; raises FileNotFoundError for a pattern of none."""
     found = {pattern: sorted(RESULTS.glob(f"{pattern}.json")) for pattern in patterns}
     if missing := [pattern for pattern, paths in found.items() if not paths]:
-        raise FileNotFoundError(f"no benchmarks/results/{missing[0]}.json: benchmarks/studies.py makes it")
+        raise FileNotFoundError(
+            f"no benchmarks/results/{missing[0]}.json: benchmarks/studies.py makes it"
+        )
     return {path.stem: json.loads(path.read_text()) for paths in found.values() for path in paths}
 
 
@@ -35,7 +37,9 @@ def returns(*patterns: str) -> str:
         for label, curve in study["curves"].items():
             final, steps = np.array(curve["final"]), int(curve["global_step"][-1])
             spread = f"{round(final.mean(), 1) + 0.0:.1f} ± {final.std():.1f}"  # no minus before a rounded zero
-            rows.append([f"`{name}`: {label}", f"{steps:,}", str(len(final)), spread, f"{final.min():.1f}"])
+            rows.append(
+                [f"`{name}`: {label}", f"{steps:,}", str(len(final)), spread, f"{final.min():.1f}"]
+            )
     return markdown(["study", "environment steps", "seeds", "return", "lowest seed"], rows)
 
 
@@ -47,19 +51,35 @@ def seconds(*patterns: str) -> str:
         end = min(curve["global_step"][-1] / curve["steps_per_second"] for curve in curves.values())
         for label, curve in curves.items():
             steps = end * curve["steps_per_second"]
-            mean, std = (np.interp(steps, curve["global_step"], curve[key]) for key in ("mean", "std"))
+            mean, std = (
+                np.interp(steps, curve["global_step"], curve[key]) for key in ("mean", "std")
+            )
             cells = [f"{curve['steps_per_second']:,.0f}", f"{curve['compile_seconds']:.0f}"]
-            rows.append([f"`{name}`: {label}", *cells, f"{end:.0f}", f"{steps:,.0f}", f"{mean:,.0f} ± {std:,.0f}"])
-    return markdown(["study", "steps/s", "compile, s", "after, s", "environment steps", "return"], rows)
+            rows.append(
+                [
+                    f"`{name}`: {label}",
+                    *cells,
+                    f"{end:.0f}",
+                    f"{steps:,.0f}",
+                    f"{mean:,.0f} ± {std:,.0f}",
+                ]
+            )
+    return markdown(
+        ["study", "steps/s", "compile, s", "after, s", "environment steps", "return"], rows
+    )
 
 
 def achievements(*patterns: str) -> str:
     """Share of episodes that unlocked each achievement, in the last tenth of the runs."""
     (study,) = load(*patterns).values()
     shares = [curve["achievements"] for curve in study["curves"].values()]
-    names = sorted({name for share in shares for name in share}, key=lambda name: (-shares[0].get(name, 0), name))
+    names = sorted(
+        {name for share in shares for name in share},
+        key=lambda name: (-shares[0].get(name, 0), name),
+    )
     rows = [
-        [name.split("/")[1].replace("_", " "), *(f"{share.get(name, 0):.1%}" for share in shares)] for name in names
+        [name.split("/")[1].replace("_", " "), *(f"{share.get(name, 0):.1%}" for share in shares)]
+        for name in names
     ]
     return markdown(["achievement", *study["curves"]], rows)
 
@@ -75,7 +95,15 @@ def speeds(*patterns: str) -> str:
             row += [study["peer"], f"{peer['steps_per_second']:,.0f}", compiling]
             row += [f"**{study['ratios']['steps_per_second']:.2f}**"]
         rows.append(row + ["-"] * (7 - len(row)))
-    head = ["study", "steps/s", "compile, s", "peer", "its steps/s", "its compile, s", "ratio of steps/s"]
+    head = [
+        "study",
+        "steps/s",
+        "compile, s",
+        "peer",
+        "its steps/s",
+        "its compile, s",
+        "ratio of steps/s",
+    ]
     return markdown(head, rows)
 
 
@@ -85,11 +113,27 @@ def throughput(*patterns: str) -> str:
     for study in load(*patterns).values():
         for row in study["rows"]:
             cells = [f"{row['num_envs']:,}", f"{row['env_steps_per_second']:,.0f}"]
-            cells += [f"{row['gradient_steps_per_second']:,.0f}", f"{np.median(row['run_seconds']):.2f}"]
-            cells += [f"{row['compile_seconds']:.1f}", f"{row['peak_memory_gib']:.2f}", f"{row['final_return'][0]:.0f}"]
+            cells += [
+                f"{row['gradient_steps_per_second']:,.0f}",
+                f"{np.median(row['run_seconds']):.2f}",
+            ]
+            cells += [
+                f"{row['compile_seconds']:.1f}",
+                f"{row['peak_memory_gib']:.2f}",
+                f"{row['final_return'][0]:.0f}",
+            ]
             algorithm = study["flags"].get("algorithm")
             rows.append([row["script"] + (f", {algorithm}" if algorithm else ""), *cells])
-    head = ["script", "environments", "steps/s", "gradient steps/s", "run, s", "compile, s", "memory, GiB", "return"]
+    head = [
+        "script",
+        "environments",
+        "steps/s",
+        "gradient steps/s",
+        "run, s",
+        "compile, s",
+        "memory, GiB",
+        "return",
+    ]
     return markdown(head, rows)
 
 
@@ -99,7 +143,10 @@ def shares(*patterns: str) -> str:
     rows = []
     for name, study in load(*patterns).items():
         for row in study["rows"]:
-            parts = [f"{names.get(part, part)} {ms / row['update']:.0%}" for part, ms in row["parts"].items()]
+            parts = [
+                f"{names.get(part, part)} {ms / row['update']:.0%}"
+                for part, ms in row["parts"].items()
+            ]
             cells = [f"{row['steps_per_second']:,.0f}", f"{row['update']:.0f}", ", ".join(parts)]
             rows.append([f"`{name}`: {row['label']}", *cells])
     return markdown(["study", "steps/s", "an update, ms", "of it"], rows)
@@ -110,11 +157,26 @@ def seeds(*patterns: str) -> str:
     rows = []
     for study in load(*patterns).values():
         for row in study["rows"]:
-            cells = [f"{row['num_seeds']:,}", f"{row['steps_per_second']:,.0f}", f"{row['run_seconds']:.1f}"]
-            cells += [f"{row['compile_seconds']:.1f}", f"{row['peak_memory_gib']:.2f}", f"{row['whole_seconds']:,.0f}"]
+            cells = [
+                f"{row['num_seeds']:,}",
+                f"{row['steps_per_second']:,.0f}",
+                f"{row['run_seconds']:.1f}",
+            ]
+            cells += [
+                f"{row['compile_seconds']:.1f}",
+                f"{row['peak_memory_gib']:.2f}",
+                f"{row['whole_seconds']:,.0f}",
+            ]
             rows.append([study["script"], *cells])
         if peer := study["peer"]:
-            cells = ["1", f"{peer['steps_per_second']:,.0f}", "-", "-", "-", f"{peer['whole_seconds']:,.0f}"]
+            cells = [
+                "1",
+                f"{peer['steps_per_second']:,.0f}",
+                "-",
+                "-",
+                "-",
+                f"{peer['whole_seconds']:,.0f}",
+            ]
             rows.append([peer["label"], *cells])
     head = ["", "seeds", "steps/s", "run, s", "compile, s", "memory, GiB"]
     return markdown([*head, f"whole runs ({study['whole_timesteps']:,} steps), s"], rows)

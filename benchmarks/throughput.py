@@ -25,11 +25,15 @@ from matplotlib.figure import Figure
 from machine import ROOT, describe_machine
 
 
-def measure(script: str, flags: dict, num_envs: int, num_seeds: int, steps_per_env: int, repeats: int) -> dict:
+def measure(
+    script: str, flags: dict, num_envs: int, num_seeds: int, steps_per_env: int, repeats: int
+) -> dict:
     """Run num_seeds seeds once with a last evaluation, then compile and time whole runs without."""
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
-    config = module.Config(**flags, num_envs=num_envs, total_timesteps=num_envs * steps_per_env, eval_interval=0)
+    config = module.Config(
+        **flags, num_envs=num_envs, total_timesteps=num_envs * steps_per_env, eval_interval=0
+    )
     cores = os.cpu_count()
     os.environ["NPROC"] = str(cores if config.batch_size >= 4096 else 1)
     import jax  # only now: it takes its number of threads from the environment
@@ -60,7 +64,9 @@ def measure(script: str, flags: dict, num_envs: int, num_seeds: int, steps_per_e
     median = float(np.median(seconds))
     env_steps = num_seeds * int(metrics["global_step"][0, -1])
     loss = next(values for name, values in metrics.items() if name.startswith("losses/"))
-    gradient_steps = int((~np.isnan(loss)).sum()) * config.num_gradient_steps  # NaN before learning starts
+    gradient_steps = (
+        int((~np.isnan(loss)).sum()) * config.num_gradient_steps
+    )  # NaN before learning starts
     return {
         "script": script,
         "num_envs": num_envs,
@@ -86,10 +92,15 @@ def measure_alone(*arguments) -> dict:
 def plot(path: Path, rows: list[dict]) -> None:
     """Steps per second over the number of environments, both logarithmic, with the spread over repeats."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="environments", ylabel="environment steps per second", xscale="log", yscale="log")
+    axes = figure.add_subplot(
+        xlabel="environments", ylabel="environment steps per second", xscale="log", yscale="log"
+    )
     for script in dict.fromkeys(row["script"] for row in rows):
         own = [row for row in rows if row["script"] == script]
-        x, y = [row["num_envs"] for row in own], np.array([row["env_steps_per_second"] for row in own])
+        x, y = (
+            [row["num_envs"] for row in own],
+            np.array([row["env_steps_per_second"] for row in own]),
+        )
         low, high = np.array([row["env_steps_per_second_spread"] for row in own]).T
         axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=script)
     ticks = sorted({row["num_envs"] for row in rows})
@@ -130,18 +141,25 @@ def main(
     print(f" {'gradient/s':>10} {'GiB':>5} {'return':>14}")
     for script in scripts:
         for number in num_envs:
-            row = measure_alone(script, json.loads(flags), number, num_seeds, steps_per_env, repeats)
+            row = measure_alone(
+                script, json.loads(flags), number, num_seeds, steps_per_env, repeats
+            )
             rows.append(row)
             low, high = row["env_steps_per_second_spread"]
             mean, std = row["final_return"]
             print(
-                f"{script:>14} {number:>5} {row['compile_seconds']:9.1f} {np.median(row['run_seconds']):7.2f}", end=""
+                f"{script:>14} {number:>5} {row['compile_seconds']:9.1f} {np.median(row['run_seconds']):7.2f}",
+                end="",
             )
             print(f" {row['env_steps_per_second']:12,.0f} {low:10,.0f} {high:10,.0f}", end="")
-            print(f" {row['gradient_steps_per_second']:10,.0f} {row['peak_memory_gib']:5.2f} {mean:6.1f} ± {std:<5.1f}")
+            print(
+                f" {row['gradient_steps_per_second']:10,.0f} {row['peak_memory_gib']:5.2f} {mean:6.1f} ± {std:<5.1f}"
+            )
     path = ROOT / "benchmarks" / "results" / name
     study = {"flags": json.loads(flags), "steps_per_env": steps_per_env, "repeats": repeats}
-    path.with_suffix(".json").write_text(json.dumps(study | describe_machine() | {"rows": rows}, indent=2))
+    path.with_suffix(".json").write_text(
+        json.dumps(study | describe_machine() | {"rows": rows}, indent=2)
+    )
     plot(path.with_suffix(".png"), rows)
 
 

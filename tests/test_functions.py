@@ -35,7 +35,7 @@ def slow_lambda_returns(rewards, next_values, terminated, truncated, gamma, td_l
 
 
 def slow_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
-    """The sum of discounted one-step errors to the end of the episode or of the rollout, written out for every step."""
+    """The sum of discounted one-step errors to the end of the episode or rollout, written out."""
     num_steps, num_envs = rewards.shape
     advantages = np.zeros((num_steps, num_envs))
     for env in range(num_envs):
@@ -148,7 +148,7 @@ def test_td_targets(script):
 )
 @settings(max_examples=30, deadline=None)
 def test_replay_is_a_deque(script, vmapped, num_rows, num_envs, num_inserts, seed):
-    """After any number of inserts, sampling everything gives what a deque of the same length holds."""
+    """After any number of inserts, sampling everything gives what a deque holds."""
 
     def row(number):  # every entry of every field tells the number and the environment
         label = 10.0 * number + jnp.arange(num_envs)
@@ -194,7 +194,7 @@ def test_replay_samples_uniformly(script):
 
 
 def slow_n_step(rewards, next_obs, terminated, truncated, gamma, n):
-    """One window after the other, one step after the other, until n are done or the episode ends."""
+    """Window by window, step by step, to the n-th step or the end of the episode."""
     num_windows, num_envs = len(rewards) - n + 1, rewards.shape[1]
     total, discount = np.zeros((2, num_windows, num_envs))
     last_obs = np.zeros((num_windows, *next_obs.shape[1:]))

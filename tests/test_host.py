@@ -1,4 +1,4 @@
-"""main within a process: refusals, signals, threads, what it tells. The same lines in every script."""
+"""main within a process: refusals, signals, threads, what it tells; the same in every script."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What Parallel Q-Learning alone has: physics that fail, windows of several steps in the replay, three devices."""
+"""What PQL alone has: physics that fail, windows of several steps, three devices."""
 
 import dataclasses
 import os
@@ -20,9 +20,10 @@ TINY = pql.Config(**SCRIPTS["pql_isaac_style"])
 
 
 class Count(environment.Environment):
-    """Observes the time and how the episode goes, which is drawn at its reset; action and reward are in [-1, 1].
+    """Observes the time and the kind of the episode, which is drawn at its reset.
 
-    An episode of kind 0 is cut after 5 steps, of kind 1 it terminates at time 3, of kind 2 its physics fail at time 4.
+    An episode of kind 0 is cut after 5 steps, of kind 1 it terminates at time 3, of kind 2 its
+    physics fail at time 4.
     """
 
     num_actions = 1
@@ -67,7 +68,7 @@ for env in (Count, Failing):
     ],
 )
 def test_replay_holds_what_happened(env_id, bootstrap, settings):
-    """Every transition in the replay follows from its first observation, its action and the kind of its episode."""
+    """Every transition follows from its first observation, its action and the kind of episode."""
     settings = settings | {
         "gamma": 0.5,
         "reward_scale": 0.1,
@@ -105,7 +106,7 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
 
 
 def test_episodes_begin_afresh():
-    """Environments that end in the same step begin with states of their own, or share them as resets_per_step says."""
+    """Environments that end in one step begin apart, or share states as resets_per_step says."""
     for resets, most in ((1.0, 64), (0.125, 8)):
         config = dataclasses.replace(
             TINY, num_envs=64, total_timesteps=64 * 208, buffer_size=64 * 300, num_steps=200
@@ -135,7 +136,7 @@ def test_distributional(settings):
 
 
 def test_within_a_cycle_none_reads_what_another_writes():
-    """The first policy updates are the same whatever the critic learns meanwhile, and the other way round."""
+    """The policy updates are the same whatever the critic learns meanwhile, and vice versa."""
     config = dataclasses.replace(
         TINY, num_steps=2, sync_every=2, total_timesteps=20 * 32, eval_interval=0
     )
@@ -208,7 +209,7 @@ def test_backend_that_a_task_lacks():
 
 
 def test_keys_in_the_states_of_physics(tmp_path, monkeypatch):
-    """dm_control keeps a key in the state of each environment: a checkpoint takes it, and is loaded."""
+    """dm_control keeps a key in the state of each environment: a checkpoint takes it."""
     make_env = pql.make_env
 
     def with_keys(env_id, backend):

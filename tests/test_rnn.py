@@ -1,4 +1,4 @@
-"""What the recurrent script alone has: memory, batch renormalisation, targets of whole rollouts, optimistic resets."""
+"""What the recurrent script alone has: memory, batch renormalisation, targets, resets."""
 
 import dataclasses
 import itertools
@@ -67,7 +67,7 @@ def test_lstm_against_flax():
 
 
 def test_q_values_of_a_rollout_are_recomputed():
-    """A pass over a rollout, from the hidden state at its start, gives the values that acting step by step saw."""
+    """A pass over a rollout from its first hidden state gives the values that acting saw."""
     config = dataclasses.replace(TINY, norm_input=False, num_steps=20)
     reset, step, num_actions, _ = rnn.make_env(config, 4)
     network = rnn.QNetwork(num_actions, config)
@@ -113,7 +113,7 @@ def test_without_memory_the_past_is_forgotten():
 )
 @settings(max_examples=30, deadline=None)
 def test_batch_renorm(batch, updates, first_steps, seed):
-    """Against the paper's algorithm in NumPy, with bounds on both sides of what the data ask for."""
+    """Against the paper's algorithm in NumPy, with bounds that bite and bounds that do not."""
     rng = np.random.default_rng(seed)
     norm = rnn.BatchRenorm(momentum=0.9)
     variables = norm.init(jax.random.key(0), jnp.zeros((1, 3)), True)
@@ -154,7 +154,7 @@ def test_batch_renorm(batch, updates, first_steps, seed):
 )
 @settings(max_examples=100, deadline=None)
 def test_rollout_targets(num_steps, seed, ends, trace):
-    """One step after the other; a step that a time limit cut has no target, and none before it sees beyond it."""
+    """Step by step; a truncated step has no target, and none before it sees beyond it."""
     rng, gamma = np.random.default_rng(seed), 0.9
     rewards, values = rng.normal(size=(2, num_steps, 1)).astype(np.float32)
     terminated, truncated = rng.random((2, num_steps, 1)) < ends
@@ -180,7 +180,7 @@ def test_rollout_targets(num_steps, seed, ends, trace):
 
 
 def test_craftax():
-    """All episodes are cut after 3 steps: fresh worlds are shared as the ratio says, and achievements are counted."""
+    """All episodes end after 3 steps: worlds are shared as the ratio says, achievements counted."""
     config = dataclasses.replace(
         TINY, env_id="Craftax-Classic-Symbolic-v1", env_params=("max_timesteps=3",)
     )
@@ -222,7 +222,7 @@ print(run_dir)
 
 
 def test_environments_of_one_seed_over_two_devices(tmp_path):
-    """The same run on one device and, its environments shared, on two: the same up to the order of sums."""
+    """A run on one device and, its environments divided, on two: equal up to the order of sums."""
     from conftest import flags
 
     tables = []

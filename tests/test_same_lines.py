@@ -1,4 +1,4 @@
-"""The same helper in several scripts is the same to the letter, so that testing it in one is enough."""
+"""A helper of several scripts is the same to the letter: testing it in one is enough."""
 
 import ast
 

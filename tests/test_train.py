@@ -67,7 +67,8 @@ def test_vmapped_seed_equals_the_seed_alone(script, config):
 def test_traced_hyperparameters(script, config):
     """Every float that is a hyperparameter at once, two values of each in one program.
 
-    For half of the run: two programs round differently, and a thousand gradient steps make much of little.
+    For half of the run: two programs round differently, and a thousand gradient steps make much of
+    little.
     """
     values = {
         "learning_rate": [1e-2, 1e-3],
@@ -180,8 +181,9 @@ def test_no_callback(script, config):
 
 
 ENVIRONMENTS = [
-    "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite", "UmbrellaChain-bsuite",
-    "DiscountingChain-bsuite", "BernoulliBandit-misc", "Breakout-MinAtar", "FourRooms-misc", "MetaMaze-misc",
+    "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite",
+    "UmbrellaChain-bsuite", "DiscountingChain-bsuite", "BernoulliBandit-misc", "Breakout-MinAtar",
+    "FourRooms-misc", "MetaMaze-misc",
     "MountainCarContinuous-v0", "Reacher-misc",
 ]  # fmt: skip
 GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"]
@@ -255,7 +257,7 @@ def clock(script):
 
 @pytest.mark.parametrize("bootstrap, trace", [(True, 0.0), (True, 0.9), (False, 0.9)])
 def test_truncation_is_not_an_end(script, config, bootstrap, trace, monkeypatch):
-    """Every state is the same, so with bootstrapping its value is 1 / (1 - gamma), over however short episodes."""
+    """All states are the same: a bootstrapped value is 1 / (1 - gamma), however short episodes."""
     if hasattr(script, "GAMES"):
         monkeypatch.setattr(script, "GAMES", ("Clock",))
     settings = {
@@ -288,7 +290,8 @@ def test_truncation_flag_changes_nothing_without_truncation(script, config):
         )
         for flag in (True, False)
     ]
-    # Where steps have a weight in the loss, the compiler may sum in another order if it knows that all count.
+    # Where steps have a weight in the loss, the compiler may sum in another order if it knows that
+    # all count.
     assert_equal(*runs, **({"atol": 1e-5} if hasattr(script, "rollout_targets") else {}))
 
 
