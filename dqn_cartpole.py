@@ -147,6 +147,10 @@ class Config:
             update = f"--num-envs {self.num_envs} * --num-steps {self.num_steps}"
             update += f" * --target-interval {self.target_interval}"
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {update}")
+        last_update = (self.num_updates - 1) * self.steps_per_update
+        if self.learning_starts > last_update:
+            least = f"no update begins there, the last one begins at {last_update}"
+            raise ValueError(f"--learning-starts is {self.learning_starts}; {least}")
 
 
 # From, to, and the fields that take a number between them.
@@ -169,6 +173,7 @@ class QNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
         for size in self.hidden_sizes:
             x = nn.relu(nn.Dense(size)(x))
         return nn.Dense(self.num_actions)(x)
@@ -190,10 +195,10 @@ class Transition(NamedTuple):
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
     """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
-    uniform = jax.random.uniform(key, q_values.shape[:-1])
+    uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
     # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
-    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1))
+    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def td_targets(rewards, next_values, terminated, gamma) -> jax.Array:
@@ -265,23 +270,29 @@ def make_train(config: Config):
     Raises ValueError as make_env does.
     """
     env, env_params = make_env(config.env_id)
+    if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
 
-    def learning_rate(gradient_step):
-        progress = gradient_step / (config.num_updates * config.target_interval)
-        return config.learning_rate * (1 - progress if config.anneal_lr else 1)
+    def learning_rate(number, step):
+        """Of a gradient step of an update; annealed from the first one to zero at the end."""
+        progress = (number - first_update + step / config.target_interval) / num_learning
+        remaining = 1 - config.anneal_lr * jnp.clip(progress, 0, 1)
+        return (config.learning_rate * remaining).astype(jnp.float32)
 
+    first_update = -(-config.learning_starts // config.steps_per_update)
+    num_learning = config.num_updates - first_update
     # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.adam(learning_rate))
+    optimizer = optax.flatten(optax.scale_by_adam())
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
         obs, env_state = env_reset(jax.random.split(reset_key, config.num_envs), env_params)
         params = network.init(params_key, obs)
-        zeros = jnp.zeros(config.num_envs)
+        zeros = jnp.zeros(config.num_envs, jnp.float32)
         row = Transition(obs, zeros.astype(jnp.int32), zeros, zeros > 0, obs)
         replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), row)
         # The target network is a copy, so that a donated state holds no buffer twice.
@@ -291,10 +302,10 @@ def make_train(config: Config):
         )
 
     def epsilon(step):
-        decayed = jnp.minimum(
-            step / jnp.maximum(config.epsilon_decay * config.total_timesteps, 1), 1
-        )
-        return config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
+        decay_steps = jnp.maximum(config.epsilon_decay * config.total_timesteps, 1)
+        decayed = jnp.minimum(step / decay_steps, 1)
+        epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
+        return jnp.float32(epsilon)
 
     def collect(state, step, keys):
         """num_steps steps of all environments into the replay; step counts those of one."""
@@ -309,7 +320,8 @@ def make_train(config: Config):
                 keys[1:], env_state, action, env_params
             )
             terminated |= False if config.bootstrap_on_truncation else truncated
-            transition = Transition(obs, action, reward, terminated, info["final_observation"])
+            reward, final_obs = reward.astype(jnp.float32), info["final_observation"]
+            transition = Transition(obs, action, reward, terminated, final_obs)
             return (next_obs, env_state, replay_insert(replay, step, transition)), info
 
         steps = step + jnp.arange(config.num_steps)
@@ -324,20 +336,20 @@ def make_train(config: Config):
         choice = network.apply(params, batch.next_obs) if config.double_q else next_q
         next_value = jnp.take_along_axis(next_q, choice.argmax(-1)[:, None], axis=-1)[:, 0]
         target = td_targets(batch.reward, next_value, batch.terminated, config.gamma)
-        q = jnp.take_along_axis(network.apply(params, batch.obs), batch.action[:, None], axis=-1)[
-            :, 0
-        ]
+        q = network.apply(params, batch.obs)
+        q = jnp.take_along_axis(q, batch.action[:, None], axis=-1)[:, 0]
         return jnp.square(q - jax.lax.stop_gradient(target)).mean(), q.mean()
 
-    def no_step(learner, target_params, batch):
+    def no_step(learner, target_params, batch, rate):
         return learner, dict.fromkeys(["td_loss", "q_values", "grad_norm"], jnp.float32(jnp.nan))
 
-    def gradient_step(learner, target_params, batch):
+    def gradient_step(learner, target_params, batch, rate):
         params, opt_state = learner
         (td_loss, q), grads = jax.value_and_grad(loss, has_aux=True)(params, target_params, batch)
         updates, opt_state = optimizer.update(grads, opt_state)
         losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-        return (optax.apply_updates(params, updates), opt_state), losses
+        params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
+        return (params, opt_state), losses
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
@@ -353,17 +365,12 @@ def make_train(config: Config):
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
-            return (
-                t + 1,
-                obs,
-                env_state,
-                returns + reward * ~finished,
-                finished | terminated | truncated,
-            )
+            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
+            return t + 1, obs, env_state, returns, finished | terminated | truncated
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
-        zeros = jnp.zeros(config.eval_episodes)
+        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
         return returns.mean()
 
@@ -372,51 +379,48 @@ def make_train(config: Config):
         collect_key, sample_key, eval_key = jax.random.split(
             jax.random.fold_in(state.key, number), 3
         )
-        learning = number * config.steps_per_update >= config.learning_starts
+        learning = number >= first_update
         first = number * config.target_interval * config.num_steps
 
         def iteration(state, inputs):
-            step, keys, bits = inputs
+            step, keys, bits, rate = inputs
             state, infos = collect(state, step, keys)
-            batch = replay_sample(
-                state.replay, bits, jnp.minimum(step + config.num_steps, num_rows)
-            )
-            learner = state.params, state.opt_state
-            learner, losses = jax.lax.cond(
-                learning, gradient_step, no_step, learner, state.target_params, batch
-            )
+            filled = jnp.minimum(step + config.num_steps, num_rows)
+            batch = replay_sample(state.replay, bits, filled)
+            operands = (state.params, state.opt_state), state.target_params, batch, rate
+            learner, losses = jax.lax.cond(learning, gradient_step, no_step, *operands)
             params, opt_state = learner
             return state._replace(params=params, opt_state=opt_state), (infos, losses)
 
-        keys = jax.random.split(
-            collect_key, (config.target_interval, config.num_steps, 1 + config.num_envs)
-        )
-        bits = jax.random.bits(sample_key, (config.target_interval, config.batch_size))
+        shape = config.target_interval, config.num_steps, 1 + config.num_envs
+        keys = jax.random.split(collect_key, shape)
+        shape = config.target_interval, config.batch_size
+        bits = jax.random.bits(sample_key, shape, jnp.uint32)
         steps = first + config.num_steps * jnp.arange(config.target_interval)
-        state, (infos, losses) = jax.lax.scan(iteration, state, (steps, keys, bits))
+        rates = learning_rate(number, jnp.arange(config.target_interval))
+        state, (infos, losses) = jax.lax.scan(iteration, state, (steps, keys, bits, rates))
         target_params = optax.incremental_update(state.params, state.target_params, config.tau)
         state = state._replace(target_params=target_params, update=number + 1)
 
         ended = infos["returned_episode"]
         metrics = {f"losses/{name}": values.mean() for name, values in losses.items()} | {
             "global_step": (number + 1) * config.steps_per_update,
-            "charts/episodic_return": (ended * infos["returned_episode_returns"]).sum()
-            / ended.sum(),
-            "charts/episodic_length": (ended * infos["returned_episode_lengths"]).sum()
-            / ended.sum(),
+            "charts/episodic_return": infos["returned_episode_returns"].mean(where=ended),
+            "charts/episodic_length": infos["returned_episode_lengths"].mean(where=ended),
             "charts/epsilon": epsilon(first * config.num_envs),
-            "charts/learning_rate": learning_rate(state.opt_state[1].count),
+            "charts/learning_rate": learning_rate(number, 0),
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
+            no_return = jnp.float32(jnp.nan)
             metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: jnp.nan, state, eval_key
+                due, evaluate, lambda *_: no_return, state, eval_key
             )
         return state, metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
         state = init(key) if state is None else state
-        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
+        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
     train.init = init
     return train

@@ -146,6 +146,10 @@ class Config:
         if self.batch_size % self.num_minibatches:
             minibatches = f"--num-minibatches is {self.num_minibatches}"
             raise ValueError(f"{minibatches}; it must divide {rollout}")
+        if self.norm_adv and self.batch_size == self.num_minibatches:
+            raise ValueError(
+                "--norm-adv takes minibatches of more than one: lower --num-minibatches"
+            )
         if self.num_updates == 0:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
@@ -156,7 +160,8 @@ LIMITS = [
     (1, 2**31 - 1, "hidden_size num_layers eval_episodes"),
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma gae_lambda clip_coef"),
-    (0, math.inf, "ent_coef vf_coef max_grad_norm checkpoint_interval"),
+    (0, math.inf, "ent_coef vf_coef checkpoint_interval"),
+    (1e-9, math.inf, "max_grad_norm"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -171,6 +176,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
         for _ in range(self.config.num_layers):
             x = nn.Dense(self.config.hidden_size, kernel_init=nn.initializers.orthogonal(2**0.5))(x)
             x = getattr(nn, self.config.activation)(x)
@@ -260,9 +266,10 @@ class Transition(NamedTuple):
     action: jax.Array
     logits: jax.Array
     reward: jax.Array
+    next_obs: jax.Array  # where the step led, before any reset
     terminated: jax.Array
     truncated: jax.Array
-    info: dict[str, jax.Array]  # final_observation (where the step led), returned_episode, ...
+    info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
 
 
 def make_train(config: Config):
@@ -277,18 +284,22 @@ def make_train(config: Config):
     Raises ValueError as make_env does.
     """
     env, env_params = make_env(config.env_id)
+    if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     num_actions = env.action_space(env_params).n
     actor, critic = MLP(num_actions, 0.01, config), MLP(1, 1.0, config)
 
-    def learning_rate(gradient_step):
-        progress = gradient_step // config.num_gradient_steps / config.num_updates
-        return config.learning_rate * (1 - progress if config.anneal_lr else 1)
+    def learning_rate(number):
+        """Of an update; annealed, it stays at zero past the end of the run."""
+        progress = number / config.num_updates
+        remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
+        return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.adam(learning_rate, eps=1e-5)))
+    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_adam(eps=1e-5)))
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
@@ -306,11 +317,16 @@ def make_train(config: Config):
             logits = actor.apply(state.params["actor"], obs)
             # With Gumbel noise, the greatest logit is a sample of their softmax.
             action = (logits + noise).argmax(-1)
-            next_obs, env_state, *outcome = env_step(keys, env_state, action, env_params)
-            return (next_obs, env_state), Transition(obs, action, logits, *outcome)
+            obs_after, env_state, reward, *ends, info = env_step(
+                keys, env_state, action, env_params
+            )
+            next_obs = info.pop("final_observation")
+            transition = Transition(obs, action, logits, reward, next_obs, *ends, info)
+            return (obs_after, env_state), transition
 
         noise_key, step_key = jax.random.split(key)
-        noise = jax.random.gumbel(noise_key, (config.num_steps, config.num_envs, num_actions))
+        shape = config.num_steps, config.num_envs, num_actions
+        noise = jax.random.gumbel(noise_key, shape, jnp.float32)
         keys = jax.random.split(step_key, (config.num_steps, config.num_envs))
         (obs, env_state), rollout = jax.lax.scan(step, (state.obs, state.env_state), (noise, keys))
         return state._replace(obs=obs, env_state=env_state), rollout
@@ -320,14 +336,12 @@ def make_train(config: Config):
 
     def prepare(params, rollout):
         """A flat batch of what the loss needs; the critic sees the rollout in one pass."""
-        values, next_values = (
-            value(params, rollout.obs),
-            value(params, rollout.info["final_observation"]),
-        )
-        terminated = rollout.terminated | (
-            False if config.bootstrap_on_truncation else rollout.truncated
-        )
-        outcomes = rollout.reward, values, next_values, terminated, rollout.truncated
+        values, next_values = value(params, rollout.obs), value(params, rollout.next_obs)
+        terminated, truncated = rollout.terminated, rollout.truncated
+        if not config.bootstrap_on_truncation:
+            terminated |= truncated
+        rewards = rollout.reward.astype(jnp.float32)
+        outcomes = rewards, values, next_values, terminated, truncated
         advantages = gae(*outcomes, config.gamma, config.gae_lambda)
         log_probs = log_prob(rollout.logits, rollout.action)
         batch = rollout.obs, rollout.action, log_probs, values, advantages, advantages + values
@@ -340,12 +354,8 @@ def make_train(config: Config):
         if config.norm_adv:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         policy_loss = clipped_surrogate(ratio, advantage, config.clip_coef)
-        v_loss = value_loss(
-            value(params, obs),
-            old_value,
-            returns,
-            config.clip_coef if config.clip_vloss else jnp.inf,
-        )
+        value_clip = config.clip_coef if config.clip_vloss else jnp.inf
+        v_loss = value_loss(value(params, obs), old_value, returns, value_clip)
         entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1).mean()
         return policy_loss + config.vf_coef * v_loss - config.ent_coef * entropy, {
             "losses/policy_loss": policy_loss,
@@ -361,17 +371,17 @@ def make_train(config: Config):
             minibatch = jax.tree.map(lambda x: x[index], batch)
             grads, losses = jax.grad(loss, has_aux=True)(params, *minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
-            return (optax.apply_updates(params, updates), opt_state), losses | {
-                "losses/grad_norm": optax.tree.norm(grads)
-            }
+            params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
+            return (params, opt_state), losses | {"losses/grad_norm": optax.tree.norm(grads)}
 
+        rate = learning_rate(state.update)
         batch = prepare(state.params, rollout)
         # What sorts random bits is a random permutation: one sort shuffles for all epochs.
-        order = jax.random.bits(key, (config.num_epochs, config.batch_size)).argsort()
+        bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
+        order = bits.argsort()
+        minibatches = order.reshape(config.num_gradient_steps, -1)
         carry = state.params, state.opt_state
-        (params, opt_state), losses = jax.lax.scan(
-            gradient_step, carry, order.reshape(config.num_gradient_steps, -1)
-        )
+        (params, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
         values, returns = batch[3], batch[5]
         losses |= {"losses/explained_variance": 1 - (returns - values).var() / returns.var()}
         return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
@@ -390,17 +400,12 @@ def make_train(config: Config):
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
-            return (
-                t + 1,
-                obs,
-                env_state,
-                returns + reward * ~finished,
-                finished | terminated | truncated,
-            )
+            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
+            return t + 1, obs, env_state, returns, finished | terminated | truncated
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
-        zeros = jnp.zeros(config.eval_episodes)
+        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
         return returns.mean()
 
@@ -409,27 +414,26 @@ def make_train(config: Config):
             jax.random.fold_in(state.key, number), 3
         )
         state, rollout = collect(state, collect_key)
-        state, losses = learn(state._replace(update=number + 1), rollout, learn_key)
+        state, losses = learn(state, rollout, learn_key)
 
-        ended = rollout.info["returned_episode"]
+        episodes, ended = rollout.info, rollout.info["returned_episode"]
         metrics = losses | {
             "global_step": (number + 1) * config.batch_size,
-            "charts/episodic_return": (ended * rollout.info["returned_episode_returns"]).sum()
-            / ended.sum(),
-            "charts/episodic_length": (ended * rollout.info["returned_episode_lengths"]).sum()
-            / ended.sum(),
-            "charts/learning_rate": learning_rate(number * config.num_gradient_steps),
+            "charts/episodic_return": episodes["returned_episode_returns"].mean(where=ended),
+            "charts/episodic_length": episodes["returned_episode_lengths"].mean(where=ended),
+            "charts/learning_rate": learning_rate(number),
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
+            no_return = jnp.float32(jnp.nan)
             metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: jnp.nan, state, eval_key
+                due, evaluate, lambda *_: no_return, state, eval_key
             )
-        return state, metrics
+        return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
         state = init(key) if state is None else state
-        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
+        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
     train.init = init
     return train

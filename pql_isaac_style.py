@@ -196,9 +196,10 @@ LIMITS = [
     (2, 2**31 - 1, "num_atoms"),
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma tau resets_per_step"),
-    (0, math.inf, "weight_decay max_grad_norm reward_scale stddev_min stddev_max"),
+    (0, math.inf, "weight_decay reward_scale stddev_min stddev_max"),
     (0, math.inf, "target_noise target_noise_clip obs_clip checkpoint_interval"),
     (1e-3, math.inf, "value_bound"),
+    (1e-9, math.inf, "max_grad_norm"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -266,7 +267,8 @@ def mixed_exploration_stddevs(
     num_envs: int, stddev_min: jax.Array, stddev_max: jax.Array
 ) -> jax.Array:
     """Standard deviations [num_envs] of the noise, evenly spaced (PQL, section 3.3)."""
-    return stddev_min + jnp.arange(num_envs) / max(num_envs - 1, 1) * (stddev_max - stddev_min)
+    fractions = jnp.arange(num_envs, dtype=jnp.float32) / max(num_envs - 1, 1)
+    return stddev_min + fractions * (stddev_max - stddev_min)
 
 
 def n_step_transitions(rewards, next_obs, terminated, truncated, gamma, n):
@@ -352,10 +354,10 @@ def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> T
 
 
 class Env(NamedTuple):
-    """A task of one environment, actions in [-1, 1], no time limit or reset of its own."""
+    """A task of one environment, actions in [-1, 1], no reset of its own."""
 
     reset: Callable  # key -> physics, obs
-    step: Callable  # key, physics, action -> physics, obs, reward, terminated
+    step: Callable  # key, physics, action -> physics, obs, reward, terminated, truncated
     obs_size: int
     action_size: int
     max_steps: int
@@ -401,16 +403,20 @@ def make_env(env_id: str, backend: str) -> Env:
             takes = "it takes one with ['Box', 'Box']"
             raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
 
+        if not hasattr(params, "max_steps_in_episode"):
+            raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
+
         def reset(key):
             obs, physics = env.reset_env(key, params)
-            return physics, obs.ravel()
+            return physics, obs.ravel().astype(jnp.float32)
 
         def step(key, physics, action):
             action = space.low + (action + 1) / 2 * (space.high - space.low)
-            obs, physics, reward, terminated, _ = env.step_env(
-                key, physics, action.reshape(space.shape), params
-            )
-            return physics, obs.ravel(), reward, terminated
+            action = action.reshape(space.shape)
+            obs, physics, reward, terminated, _ = env.step_env(key, physics, action, params)
+            truncated = env.is_truncated(physics, params)
+            obs, reward = obs.ravel().astype(jnp.float32), reward.astype(jnp.float32)
+            return physics, obs, reward, terminated, truncated
 
         obs_size = math.prod(env.observation_space(params).shape)
         return Env(reset, step, obs_size, math.prod(space.shape), params.max_steps_in_episode)
@@ -423,7 +429,7 @@ def make_env(env_id: str, backend: str) -> Env:
 
     def step(key, state, action):
         state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0
+        return state, state.obs, state.reward, state.done > 0, jnp.bool_(False)
 
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
 
@@ -517,7 +523,8 @@ def make_train(config: Config):
     env_reset = jax.vmap(env.reset)
     num_resets = max(1, math.ceil(config.resets_per_step * config.num_envs))
     distributional = config.algorithm == "pql_d"
-    support = jnp.linspace(-config.value_bound, config.value_bound, config.num_atoms)
+    bounds = -config.value_bound, config.value_bound
+    support = jnp.linspace(*bounds, config.num_atoms, dtype=jnp.float32)
     policy = Policy(env.action_size, config.hidden_sizes)
     critic = DoubleCritic(config.num_atoms if distributional else 1, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
@@ -529,29 +536,30 @@ def make_train(config: Config):
     # and sync_every transitions wait, as after every cycle. By default 32 - 2 - 1 = 29 rows.
     rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every
 
-    def make_optimizer(gradient_steps):
-        def learning_rate(gradient_step):
-            progress = gradient_step / (config.num_updates * gradient_steps)
-            return config.learning_rate * (1 - progress if config.anneal_lr else 1)
+    def learning_rate(number, cycle):
+        """Of a cycle of an update; annealed, it stays at zero past the end of the run."""
+        progress = (number + cycle / num_cycles) / config.num_updates
+        remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
+        return (config.learning_rate * remaining).astype(jnp.float32)
 
-        adamw = optax.adamw(learning_rate, weight_decay=config.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw), learning_rate
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    decay = optax.add_decayed_weights(config.weight_decay)
+    optimizer = optax.chain(clip, optax.scale_by_adam(), decay)  # AdamW, but for the rate
 
-    critic_optimizer, critic_learning_rate = make_optimizer(
-        config.num_steps * config.critic_updates
-    )
-    policy_optimizer, _ = make_optimizer(config.num_steps * config.policy_updates)
+    def step_params(params, grads, opt_state, rate):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, optax.tree.scale(-rate, updates)), opt_state
 
     def init(key):
         """The state after warm-up, whose last transitions are on their way to the replay."""
         key, policy_key, critic_key, reset_key, warmup_key = jax.random.split(key, 5)
         physics, obs = env_reset(jax.random.split(reset_key, config.num_envs))
-        zeros, action = jnp.zeros(config.num_envs), jnp.zeros((config.num_envs, env.action_size))
-        statistics = Statistics(jnp.zeros(env.obs_size), jnp.ones(env.obs_size), jnp.float32(0))
-        policy_params, critic_params = (
-            policy.init(policy_key, obs),
-            critic.init(critic_key, obs, action),
-        )
+        zeros = jnp.zeros(config.num_envs, jnp.float32)
+        action = jnp.zeros((config.num_envs, env.action_size), jnp.float32)
+        mean = jnp.zeros(env.obs_size, jnp.float32)
+        statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
+        policy_params = policy.init(policy_key, obs)
+        critic_params = critic.init(critic_key, obs, action)
         step = Step(obs, action, zeros, obs, zeros > 0, zeros > 0)
         window = jax.tree.map(lambda x: jnp.zeros((config.n_steps - 1, *x.shape), x.dtype), step)
         actor = Actor(
@@ -566,7 +574,7 @@ def make_train(config: Config):
             lambda buffer, x: buffer.at[:rows_before].set(x[:rows_before]), replay, transitions
         )
         fresh = jax.tree.map(lambda x: x[rows_before:], transitions)
-        opt_states = critic_optimizer.init(critic_params), policy_optimizer.init(policy_params)
+        opt_states = optimizer.init(critic_params), optimizer.init(policy_params)
         v_learner = VLearner(
             critic_params, critic_params, opt_states[0], policy_params, actor.statistics
         )
@@ -577,11 +585,12 @@ def make_train(config: Config):
 
     def env_step(keys, physics, obs, action):
         """A step without reset; where physics fails, obs stays at reward 0: a time limit."""
-        physics, next_obs, reward, terminated = jax.vmap(env.step)(keys, physics, action)
+        physics, next_obs, reward, terminated, truncated = jax.vmap(env.step)(keys, physics, action)
         # NaN, or on the way there.
         failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
         next_obs = jnp.where(failed[:, None], obs, next_obs)
-        return physics, next_obs, jnp.where(failed, 0, reward), terminated & ~failed, failed
+        ends = terminated & ~failed, truncated | failed
+        return physics, next_obs, jnp.where(failed, 0, reward), *ends, failed
 
     def act(actor, key, num_steps, warmup=False):
         """Steps with the actor's copy of the policy: n-step transitions, sums over episodes."""
@@ -591,19 +600,16 @@ def make_train(config: Config):
             statistics = update_statistics(actor.statistics, actor.obs)
             mean = 0 if warmup else policy.apply(actor.policy, normalize(actor.obs, statistics))
             action = jnp.clip(mean + noise, -1, 1)
-            physics, next_obs, reward, terminated, failed = env_step(
+            physics, next_obs, reward, terminated, truncated, failed = env_step(
                 step_keys, actor.physics, actor.obs, action
             )
             length, episodic_return = actor.length + 1, actor.episodic_return + reward
-            truncated = (length >= env.max_steps) | failed
+            truncated |= length >= env.max_steps
             ended = terminated | truncated
             row = Step(actor.obs, action, reward, next_obs, terminated, truncated)
-            sums = {
-                "ended": ended,
-                "length": ended * length,
-                "return": ended * episodic_return,
-                "failed": failed,
-            }
+            # As floats, since the sum of lengths may not fit in int32.
+            sums = {"length": ended * length.astype(jnp.float32), "return": ended * episodic_return}
+            sums |= {"ended": ended, "failed": failed}
 
             # The first environment to end takes the first new state, and so on, wrapping around.
             slot = (jnp.cumsum(ended) - 1) % num_resets
@@ -619,30 +625,27 @@ def make_train(config: Config):
         noise_key, step_key, reset_key = jax.random.split(key, 3)
         shape = num_steps, config.num_envs, env.action_size
         if warmup:
-            noise = jax.random.uniform(noise_key, shape, minval=-1)
+            noise = jax.random.uniform(noise_key, shape, jnp.float32, minval=-1)
         else:
             stddevs = mixed_exploration_stddevs(
                 config.num_envs, config.stddev_min, config.stddev_max
             )
-            noise = stddevs[:, None] * jax.random.normal(noise_key, shape)
+            noise = stddevs[:, None] * jax.random.normal(noise_key, shape, jnp.float32)
         step_keys = jax.random.split(step_key, (num_steps, config.num_envs))
         reset_keys = jax.random.split(reset_key, (num_steps, num_resets))
         actor, (rows, sums) = jax.lax.scan(step, actor, (noise, step_keys, reset_keys))
 
         steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, rows)
-        terminated = steps.terminated | (
-            False if config.bootstrap_on_truncation else steps.truncated
-        )
-        outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, steps.truncated
+        terminated, truncated = steps.terminated, steps.truncated
+        if not config.bootstrap_on_truncation:
+            terminated |= truncated
+        outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, truncated
         reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
-        transitions = Transition(
-            steps.obs[:num_steps], steps.action[:num_steps], reward, discount, next_obs
-        )
-        return (
-            actor._replace(window=jax.tree.map(lambda x: x[num_steps:], steps)),
-            transitions,
-            sums,
-        )
+        starts = steps.obs[:num_steps], steps.action[:num_steps]
+        reward, discount = reward.astype(jnp.float32), discount.astype(jnp.float32)
+        transitions = Transition(*starts, reward, discount, next_obs)
+        window = jax.tree.map(lambda x: x[num_steps:], steps)
+        return actor._replace(window=window), transitions, sums
 
     def critic_loss(params, v_learner, batch, noise):
         obs, next_obs = (
@@ -680,7 +683,7 @@ def make_train(config: Config):
             .mean()
         )
 
-    def learn_values(v_learner, replay, filled, key, gradient_steps):
+    def learn_values(v_learner, replay, filled, key, rate, gradient_steps):
         """Critic updates with the V-learner's copy of the policy, on the filled rows."""
 
         def gradient_step(v_learner, inputs):
@@ -688,10 +691,7 @@ def make_train(config: Config):
             batch = replay_sample(replay, bits, filled)
             grad = jax.value_and_grad(critic_loss, has_aux=True)
             (td_loss, q), grads = grad(v_learner.critic, v_learner, batch, noise)
-            updates, opt_state = critic_optimizer.update(
-                grads, v_learner.opt_state, v_learner.critic
-            )
-            params = optax.apply_updates(v_learner.critic, updates)
+            params, opt_state = step_params(v_learner.critic, grads, v_learner.opt_state, rate)
             target = optax.incremental_update(params, v_learner.target_critic, config.tau)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
             return v_learner._replace(
@@ -699,43 +699,41 @@ def make_train(config: Config):
             ), losses
 
         bits_key, noise_key = jax.random.split(key)
-        bits = jax.random.bits(bits_key, (gradient_steps, config.batch_size))
-        noise = jax.random.normal(noise_key, (gradient_steps, config.batch_size, env.action_size))
+        shape = gradient_steps, config.batch_size
+        bits = jax.random.bits(bits_key, shape, jnp.uint32)
+        noise = jax.random.normal(noise_key, (*shape, env.action_size), jnp.float32)
         v_learner, losses = jax.lax.scan(gradient_step, v_learner, (bits, noise))
         return v_learner, jax.tree.map(jnp.mean, losses)
 
-    def learn_policy(p_learner, obs, filled, key, gradient_steps):
+    def learn_policy(p_learner, obs, filled, key, rate, gradient_steps):
         """Policy updates with the P-learner's copy of the critic, on the filled rows of states."""
 
         def gradient_step(p_learner, bits):
             loss, grads = jax.value_and_grad(policy_loss)(
                 p_learner.policy, p_learner, replay_sample(obs, bits, filled)
             )
-            updates, opt_state = policy_optimizer.update(
-                grads, p_learner.opt_state, p_learner.policy
-            )
+            params, opt_state = step_params(p_learner.policy, grads, p_learner.opt_state, rate)
             losses = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads)}
-            params = optax.apply_updates(p_learner.policy, updates)
             return p_learner._replace(policy=params, opt_state=opt_state), losses
 
-        bits = jax.random.bits(key, (gradient_steps, config.batch_size))
+        bits = jax.random.bits(key, (gradient_steps, config.batch_size), jnp.uint32)
         p_learner, losses = jax.lax.scan(gradient_step, p_learner, bits)
         return p_learner, jax.tree.map(jnp.mean, losses)
 
-    def parallel_cycle(state, filled, keys):
+    def parallel_cycle(state, filled, keys, rate):
         """Actor, V-learner, P-learner, none reading what another writes; then their exchange."""
         actor, fresh, sums = act(state.actor, keys[0], config.sync_every)
         v_learner, v_losses = learn_values(
-            state.v_learner, state.replay, filled, keys[1], critic_steps
+            state.v_learner, state.replay, filled, keys[1], rate, critic_steps
         )
         p_learner, p_losses = learn_policy(
-            state.p_learner, state.replay.obs, filled, keys[2], policy_steps
+            state.p_learner, state.replay.obs, filled, keys[2], rate, policy_steps
         )
         actor, v_learner, p_learner = exchange(actor, v_learner, p_learner)
         state = state._replace(v_learner=v_learner, p_learner=p_learner, actor=actor, fresh=fresh)
         return state, (v_losses | p_losses, sums)
 
-    def sequential_cycle(state, filled, keys):
+    def sequential_cycle(state, filled, keys, rate):
         """Rounds of critic and policy updates, then steps of the environments, each on the newest.
 
         As many updates as parallel_cycle does; the paper's DDPG(n) does as many of the policy as of
@@ -746,11 +744,11 @@ def make_train(config: Config):
         def learn(learners, keys):
             _, v_learner, p_learner = exchange(state.actor, *learners)
             v_learner, v_losses = learn_values(
-                v_learner, state.replay, filled, keys[0], critic_steps // rounds
+                v_learner, state.replay, filled, keys[0], rate, critic_steps // rounds
             )
             p_learner = p_learner._replace(critic=v_learner.critic)
             p_learner, p_losses = learn_policy(
-                p_learner, state.replay.obs, filled, keys[1], policy_steps // rounds
+                p_learner, state.replay.obs, filled, keys[1], rate, policy_steps // rounds
             )
             return (v_learner, p_learner), v_losses | p_losses
 
@@ -774,27 +772,22 @@ def make_train(config: Config):
             t, physics, obs, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = policy.apply(policy_params, normalize(obs, statistics))
-            physics, obs, reward, terminated, failed = env_step(keys, physics, obs, action)
-            return (
-                t + 1,
-                physics,
-                obs,
-                returns + jnp.where(finished, 0, reward),
-                finished | terminated | failed,
-            )
+            physics, obs, reward, terminated, truncated, _ = env_step(keys, physics, obs, action)
+            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
+            return t + 1, physics, obs, returns, finished | terminated | truncated
 
         reset_key, step_key = jax.random.split(key)
         physics, obs = env_reset(jax.random.split(reset_key, config.eval_episodes))
-        zeros = jnp.zeros(config.eval_episodes)
+        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
 
     def schedule(key, number):
-        """The first rows that the cycles of an update write, their keys, the evaluation's key."""
-        first_rows = (
-            rows_before + number * config.num_steps + config.sync_every * jnp.arange(num_cycles)
-        )
+        """Of the cycles of an update the first rows, keys and rates; the evaluation's key."""
+        cycles = jnp.arange(num_cycles, dtype=jnp.int32)
+        first_rows = rows_before + number * config.num_steps + config.sync_every * cycles
         cycle_key, eval_key = jax.random.split(jax.random.fold_in(key, number))
-        return first_rows, jax.random.split(cycle_key, (num_cycles, 3)), eval_key
+        keys = jax.random.split(cycle_key, (num_cycles, 3))
+        return first_rows, keys, learning_rate(number, cycles), eval_key
 
     def insert(replay, fresh, first_row):
         """The replay with the fresh rows from first_row on, and how many of its rows are filled."""
@@ -809,9 +802,7 @@ def make_train(config: Config):
             "charts/episodic_return": sums["return"] / sums["ended"],
             "charts/episodic_length": sums["length"] / sums["ended"],
             "charts/physics_failures": sums["failed"],
-            "charts/learning_rate": critic_learning_rate(
-                number * config.num_steps * config.critic_updates
-            ),
+            "charts/learning_rate": learning_rate(number, 0),
         }
 
     def is_due(number):
@@ -823,25 +814,26 @@ def make_train(config: Config):
         """num_steps steps of all environments, with all their gradient steps."""
 
         def cycle(state, inputs):
-            first_row, keys = inputs
+            first_row, keys, rate = inputs
             # Written before it is read: the other way round, XLA would copy the whole replay.
             replay, filled = insert(state.replay, state.fresh, first_row)
             one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
-            return one_cycle(state._replace(replay=replay), filled, keys)
+            return one_cycle(state._replace(replay=replay), filled, keys, rate)
 
         *inputs, eval_key = schedule(state.key, number)
         state, (losses, sums) = jax.lax.scan(cycle, state, inputs)
         metrics = summarize(number, losses, sums)
         if config.eval_interval:
             inputs = state.p_learner.policy, state.actor.statistics, eval_key
+            no_return = jnp.float32(jnp.nan)
             metrics["eval/episodic_return"] = jax.lax.cond(
-                is_due(number), evaluate, lambda *_: jnp.nan, *inputs
+                is_due(number), evaluate, lambda *_: no_return, *inputs
             )
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
         state = init(key) if state is None else state
-        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
+        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
     def train_on_devices(state, num_updates, devices):
         """train of a state, bit for bit, as programs for three devices; for the host, not for jit.
@@ -856,13 +848,13 @@ def make_train(config: Config):
                 "ddpg_n does one thing after the other: it has no use for several devices"
             )
 
-        def learn_v(replay, fresh, first_row, key, v_learner):
+        def learn_v(replay, fresh, first_row, key, rate, v_learner):
             replay, filled = insert(replay, fresh, first_row)
-            return replay, *learn_values(v_learner, replay, filled, key, critic_steps)
+            return replay, *learn_values(v_learner, replay, filled, key, rate, critic_steps)
 
-        def learn_p(states, fresh, first_row, key, p_learner):
+        def learn_p(states, fresh, first_row, key, rate, p_learner):
             states, filled = insert(states, fresh, first_row)
-            return states, *learn_policy(p_learner, states, filled, key, policy_steps)
+            return states, *learn_policy(p_learner, states, filled, key, rate, policy_steps)
 
         act_program = jax.jit(lambda actor, key: act(actor, key, config.sync_every))
         v_program, p_program = (
@@ -880,12 +872,12 @@ def make_train(config: Config):
             ((state.actor, state.v_learner, state.p_learner), state.fresh), (devices, devices[0])
         )
         for number in range(done, done + num_updates):
-            (first_rows, keys, eval_key), cycles = schedule_program(key, number), []
+            (first_rows, keys, rates, eval_key), cycles = schedule_program(key, number), []
             for i in range(num_cycles):
                 inputs = (
                     keys[i, 0],
-                    (fresh, first_rows[i], keys[i, 1]),
-                    (fresh.obs, first_rows[i], keys[i, 2]),
+                    (fresh, first_rows[i], keys[i, 1], rates[i]),
+                    (fresh.obs, first_rows[i], keys[i, 2], rates[i]),
                 )
                 act_key, v_inputs, p_inputs = jax.device_put(inputs, devices)
                 actor, v_learner, p_learner = three

@@ -145,6 +145,8 @@ class Config:
         if self.batch_size % self.num_minibatches:
             minibatches = f"--num-minibatches is {self.num_minibatches}"
             raise ValueError(f"{minibatches}; it must divide {rollout}")
+        if self.norm == "batch_norm" and self.batch_size == self.num_minibatches:
+            raise ValueError("--norm batch_norm takes minibatches of more than one transition")
         if self.num_updates == 0:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
@@ -155,7 +157,8 @@ LIMITS = [
     (1, 2**31 - 1, "hidden_size num_layers eval_episodes"),
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma td_lambda epsilon_start epsilon_finish epsilon_decay"),
-    (0, math.inf, "max_grad_norm reward_scale checkpoint_interval"),
+    (0, math.inf, "reward_scale checkpoint_interval"),
+    (1e-9, math.inf, "max_grad_norm"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ class QNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.astype(jnp.float32)
         for _ in range(self.config.num_layers):
             x = nn.Dense(self.config.hidden_size)(x)
             if self.config.norm == "layer_norm":
@@ -185,10 +189,10 @@ class QNetwork(nn.Module):
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
     """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
-    uniform = jax.random.uniform(key, q_values.shape[:-1])
+    uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
     # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
-    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1))
+    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
@@ -258,9 +262,10 @@ class Transition(NamedTuple):
     action: jax.Array
     value: jax.Array  # max_a Q(obs, a)
     reward: jax.Array
+    next_obs: jax.Array  # where the step led, before any reset
     terminated: jax.Array
     truncated: jax.Array
-    info: dict[str, jax.Array]  # final_observation (where the step led), returned_episode, ...
+    info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
 
 
 def make_train(config: Config):
@@ -275,21 +280,21 @@ def make_train(config: Config):
     Raises ValueError as make_env does.
     """
     env, env_params = make_env(config.env_id)
+    if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
-    # Time limits in a rollout, at most: as many final observations are evaluated for the targets.
-    max_truncations = config.num_envs * (
-        1 + config.num_steps // int(env_params.max_steps_in_episode)
-    )
 
-    def learning_rate(gradient_step):
-        progress = gradient_step / (config.num_updates * config.num_gradient_steps)
-        return config.learning_rate * (1 - progress if config.anneal_lr else 1)
+    def learning_rate(number, step):
+        """Of a gradient step of an update; annealed, it stays at zero past the end of the run."""
+        progress = (number + step / config.num_gradient_steps) / config.num_updates
+        remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
+        return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.radam(learning_rate)))
+    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
@@ -302,40 +307,44 @@ def make_train(config: Config):
     def collect(state, epsilon, key):
         def step(carry, keys):
             obs, env_state = carry
-            q = network.apply(state.variables, obs)
-            action = epsilon_greedy(keys[0], q, epsilon)
-            next_obs, env_state, reward, terminated, truncated, info = env_step(
+            q_values = network.apply(state.variables, obs)
+            action = epsilon_greedy(keys[0], q_values, epsilon)
+            obs_after, env_state, reward, terminated, truncated, info = env_step(
                 keys[1:], env_state, action, env_params
             )
-            transition = Transition(obs, action, q.max(-1), reward, terminated, truncated, info)
-            return (next_obs, env_state), transition
+            next_obs = info.pop("final_observation")
+            outcome = reward, next_obs, terminated, truncated, info
+            return (obs_after, env_state), Transition(obs, action, q_values.max(-1), *outcome)
 
         keys = jax.random.split(key, (config.num_steps, 1 + config.num_envs))
         (obs, env_state), rollout = jax.lax.scan(step, (state.obs, state.env_state), keys)
         return state._replace(obs=obs, env_state=env_state), rollout
 
     def targets(state, rollout):
-        # The value of where step t led is value[t + 1], known from the rollout, except in two
-        # cases: after a time limit the next row begins another episode, and the last row has none.
-        # There the network sees final_observation.
-        final_observation = rollout.info["final_observation"]
-        last_value = network.apply(state.variables, final_observation[-1:]).max(-1)
-        next_values = jnp.concatenate([rollout.value[1:], last_value])
-        (cut,) = jnp.nonzero(
-            rollout.truncated.ravel(), size=max_truncations, fill_value=config.batch_size
-        )
-        cut_obs = final_observation.reshape(config.batch_size, *final_observation.shape[2:])[cut]
-        cut_values = network.apply(state.variables, cut_obs).max(-1)
-        next_values = (
-            next_values.ravel().at[cut].set(cut_values, mode="drop").reshape(next_values.shape)
-        )
-        terminated = rollout.terminated | (
-            False if config.bootstrap_on_truncation else rollout.truncated
-        )
-        rewards = config.reward_scale * rollout.reward
-        return lambda_returns(
-            rewards, next_values, terminated, rollout.truncated, config.gamma, config.td_lambda
-        )
+        def value_of(obs):
+            return network.apply(state.variables, obs).max(-1)
+
+        def look_up_few():
+            size, fill_value = config.num_envs, config.batch_size
+            (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=size, fill_value=fill_value)
+            next_obs = rollout.next_obs.reshape(config.batch_size, *rollout.obs.shape[2:])
+            values = following.ravel().at[cut].set(value_of(next_obs[cut]), mode="drop")
+            return values.reshape(following.shape)
+
+        def look_up_all():
+            return jnp.where(rollout.truncated, value_of(rollout.next_obs), following)
+
+        # The value of where step t led is value[t + 1], except in the last row, and after a time
+        # limit, where the next row begins another episode. There the network sees next_obs.
+        following = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
+        are_few = rollout.truncated.sum() <= config.num_envs
+        next_values = jax.lax.cond(are_few, look_up_few, look_up_all)
+        terminated, truncated = rollout.terminated, rollout.truncated
+        if not config.bootstrap_on_truncation:
+            terminated |= truncated
+        rewards = (config.reward_scale * rollout.reward).astype(jnp.float32)
+        flags = terminated, truncated
+        return lambda_returns(rewards, next_values, *flags, config.gamma, config.td_lambda)
 
     def loss(params, variables, obs, action, target):
         q, updated = network.apply(
@@ -345,30 +354,30 @@ def make_train(config: Config):
         return 0.5 * jnp.square(chosen - target).mean(), (chosen.mean(), updated)
 
     def learn(state, rollout, key):
-        def gradient_step(carry, index):
+        def gradient_step(carry, inputs):
             variables, opt_state = carry
+            index, rate = inputs
             minibatch = jax.tree.map(lambda x: x[index], batch)
             grad = jax.value_and_grad(loss, has_aux=True)
             (td_loss, (q, updated)), grads = grad(variables["params"], variables, *minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
-            variables = (
-                variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
-            )
+            updates = optax.tree.scale(-rate, updates)
+            params = optax.apply_updates(variables["params"], updates)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            return (variables, opt_state), {
-                f"losses/{name}": value for name, value in losses.items()
-            }
+            losses = {f"losses/{name}": value for name, value in losses.items()}
+            return (variables | updated | {"params": params}, opt_state), losses
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
         # What sorts random bits is a random permutation: one sort shuffles for all epochs.
-        order = jax.random.bits(key, (config.num_epochs, config.batch_size)).argsort()
-        carry = state.variables, state.opt_state
+        bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
+        order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
-        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
-        return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(
-            jnp.mean, losses
-        )
+        rates = learning_rate(state.update, jnp.arange(config.num_gradient_steps))
+        carry = state.variables, state.opt_state
+        carry, losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
+        state = state._replace(variables=carry[0], opt_state=carry[1])
+        return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
@@ -384,17 +393,12 @@ def make_train(config: Config):
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
-            return (
-                t + 1,
-                obs,
-                env_state,
-                returns + reward * ~finished,
-                finished | terminated | truncated,
-            )
+            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
+            return t + 1, obs, env_state, returns, finished | terminated | truncated
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
-        zeros = jnp.zeros(config.eval_episodes)
+        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
         return returns.mean()
 
@@ -404,30 +408,30 @@ def make_train(config: Config):
         )
         decayed = jnp.minimum(number / jnp.maximum(config.epsilon_decay * config.num_updates, 1), 1)
         epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
+        epsilon = jnp.float32(epsilon)
 
         state, rollout = collect(state, epsilon, collect_key)
-        state, losses = learn(state._replace(update=number + 1), rollout, learn_key)
+        state, losses = learn(state, rollout, learn_key)
 
-        ended = rollout.info["returned_episode"]
+        episodes, ended = rollout.info, rollout.info["returned_episode"]
         metrics = losses | {
             "global_step": (number + 1) * config.batch_size,
-            "charts/episodic_return": (ended * rollout.info["returned_episode_returns"]).sum()
-            / ended.sum(),
-            "charts/episodic_length": (ended * rollout.info["returned_episode_lengths"]).sum()
-            / ended.sum(),
+            "charts/episodic_return": episodes["returned_episode_returns"].mean(where=ended),
+            "charts/episodic_length": episodes["returned_episode_lengths"].mean(where=ended),
             "charts/epsilon": epsilon,
-            "charts/learning_rate": learning_rate(number * config.num_gradient_steps),
+            "charts/learning_rate": learning_rate(number, 0),
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
+            no_return = jnp.float32(jnp.nan)
             metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: jnp.nan, state, eval_key
+                due, evaluate, lambda *_: no_return, state, eval_key
             )
-        return state, metrics
+        return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
         state = init(key) if state is None else state
-        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
+        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
     train.init = init
     return train

@@ -165,7 +165,8 @@ LIMITS = [
     (2, 2**31 - 1, "num_steps"),  # the last step is only bootstrapped from
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma td_lambda epsilon_start epsilon_finish epsilon_decay"),
-    (0, math.inf, "max_grad_norm reward_scale forget_bias checkpoint_interval"),
+    (0, math.inf, "reward_scale forget_bias checkpoint_interval"),
+    (1e-9, math.inf, "max_grad_norm"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -185,11 +186,11 @@ class BatchRenorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         features = x.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        scale = self.param("scale", nn.initializers.ones, features)
-        bias = self.param("bias", nn.initializers.zeros, features)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
         running_std = jnp.sqrt(running_var.value + self.epsilon)
         if not train:
             return (x - running_mean.value) / running_std * scale + bias
@@ -223,15 +224,11 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, carry, x: jax.Array, clear: jax.Array):
         def orthogonals(key, shape):  # one for each gate
-            return jnp.hstack(
-                [
-                    nn.initializers.orthogonal()(key, (shape[0],) * 2)
-                    for key in jax.random.split(key, 4)
-                ]
-            )
+            init, square = nn.initializers.orthogonal(), (shape[0], shape[0])
+            return jnp.hstack([init(key, square, jnp.float32) for key in jax.random.split(key, 4)])
 
         kernel = self.param("kernel", orthogonals, (self.size, 4 * self.size))
-        first_bias = jnp.repeat(jnp.array([0, self.forget_bias, 0, 0]), self.size)
+        first_bias = jnp.array([0, self.forget_bias, 0, 0], jnp.float32).repeat(self.size)
         gates = nn.Dense(4 * self.size, bias_init=lambda *_: first_bias)(x)
 
         def step(carry, inputs):
@@ -256,10 +253,13 @@ class QNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, obs, last_action, start, train: bool = False):
-        x = BatchRenorm()(obs, train) if self.config.norm_input else obs
+        x = obs.astype(jnp.float32)
+        x = BatchRenorm()(x, train) if self.config.norm_input else x
         for _ in range(self.config.num_layers):
             x = nn.relu(nn.LayerNorm()(nn.Dense(self.config.hidden_size)(x)))
-        x = jnp.concatenate([x, jax.nn.one_hot(last_action, self.num_actions)], axis=-1)
+        x = jnp.concatenate(
+            [x, jax.nn.one_hot(last_action, self.num_actions, dtype=jnp.float32)], axis=-1
+        )
         lstm = LSTM(self.config.hidden_size, self.config.forget_bias)
         hidden, x = lstm(hidden, x, start if self.config.memory else start | True)
         return hidden, nn.Dense(self.num_actions)(x)
@@ -271,10 +271,10 @@ class QNetwork(nn.Module):
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
     """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
-    uniform = jax.random.uniform(key, q_values.shape[:-1])
+    uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
     # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
-    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1))
+    return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
@@ -343,7 +343,10 @@ def change_params(params, changes: tuple[str, ...]):
         if name not in names or not re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?(e-?\d+)?", number):
             takes = f"name=number, with a name of {', '.join(names)}"
             raise ValueError(f"--env-params is {text}; it takes {takes}")
-        params = params.replace(**{name: json.loads(number)})
+        old, new = getattr(params, name), json.loads(number)
+        if type(old) is int and old > 0 and not (type(new) is int and new > 0):
+            raise ValueError(f"--env-params is {text}; {name} counts, it takes a number from 1")
+        params = params.replace(**{name: new})
     return params
 
 
@@ -358,9 +361,10 @@ def make_gymnax(config: Config, num_envs: int):
         raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
     env, params = gymnax.make(env_id)
     params = change_params(params, config.env_params)
-    spaces = [
-        type(space).__name__ for space in (env.observation_space(params), env.action_space(params))
-    ]
+    if not hasattr(params, "max_steps_in_episode"):
+        raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
+    spaces = env.observation_space(params), env.action_space(params)
+    spaces = [type(space).__name__ for space in spaces]
     if spaces != ["Box", "Discrete"]:
         takes = "it takes one with ['Box', 'Discrete']"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
@@ -397,7 +401,8 @@ def make_craftax(config: Config, num_envs: int):
 
     def reset(key):
         obs, env_state = fresh(key, num_envs)
-        return obs, CraftaxState(env_state, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
+        zeros = jnp.zeros(num_envs, jnp.float32)
+        return obs, CraftaxState(env_state, zeros, zeros.astype(jnp.int32))
 
     def step(key, state, action):
         step_key, reset_key = jax.random.split(key)
@@ -487,8 +492,9 @@ def make_train(config: Config):
     network = QNetwork(num_actions, config)
 
     def blank(num_envs):
-        zeros = jnp.zeros((num_envs, config.hidden_size))
-        return Memory((zeros, zeros), jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool))
+        # Two arrays, so that a donated state holds no buffer twice.
+        hidden = tuple(jnp.zeros((num_envs, config.hidden_size), jnp.float32) for _ in range(2))
+        return Memory(hidden, jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool))
 
     def act(variables, memory, obs):
         """Values [num_envs, num_actions] and the LSTM's new state, a step of the network."""
@@ -496,13 +502,15 @@ def make_train(config: Config):
         hidden, q = network.apply(variables, memory.hidden, *inputs)
         return hidden, q[0]
 
-    def learning_rate(gradient_step):
-        progress = gradient_step / (config.num_updates * config.num_gradient_steps)
-        return config.learning_rate * (1 - progress if config.anneal_lr else 1)
+    def learning_rate(number, step):
+        """Of a gradient step of an update; annealed, it stays at zero past the end of the run."""
+        progress = (number + step / config.num_gradient_steps) / config.num_updates
+        remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
+        return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.radam(learning_rate)))
+    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
@@ -522,25 +530,16 @@ def make_train(config: Config):
             next_obs, env_state, reward, terminated, truncated, info = env_step(
                 keys[1], env_state, action
             )
-            transition = Transition(
-                obs, memory.last_action, memory.start, action, reward, terminated, truncated
-            )
-            info = {
-                name: value
-                for name, value in info.items()
-                if name.startswith(("returned", "Achievements"))
-            }
+            inputs = obs, memory.last_action, memory.start
+            transition = Transition(*inputs, action, reward, terminated, truncated)
             # As in PureJaxQL, an episode begins with the last action of the one before.
-            return (next_obs, Memory(hidden, action, terminated | truncated), env_state), (
-                transition,
-                info,
-            )
+            memory = Memory(hidden, action, terminated | truncated)
+            kept = {x: y for x, y in info.items() if x.startswith(("returned", "Achievements"))}
+            return (next_obs, memory, env_state), (transition, kept)
 
         keys = jax.random.split(key, (config.num_steps, 2))
-        carry, (rollout, info) = jax.lax.scan(
-            step, (state.obs, state.memory, state.env_state), keys
-        )
-        obs, memory, env_state = carry
+        carry = state.obs, state.memory, state.env_state
+        (obs, memory, env_state), (rollout, info) = jax.lax.scan(step, carry, keys)
         return state._replace(obs=obs, memory=memory, env_state=env_state), rollout, info
 
     def loss(params, variables, hidden, rollout):
@@ -556,42 +555,37 @@ def make_train(config: Config):
         terminated, truncated = rollout.terminated, rollout.truncated
         if not config.bootstrap_on_truncation:
             terminated, truncated = terminated | truncated, jnp.zeros_like(truncated)
-        rewards = config.reward_scale * rollout.reward
+        rewards = (config.reward_scale * rollout.reward).astype(jnp.float32)
         values = jax.lax.stop_gradient(q.max(-1))
-        target, weight = rollout_targets(
-            rewards, values, terminated, truncated, config.gamma, config.td_lambda
-        )
+        ends = terminated, truncated
+        target, weight = rollout_targets(rewards, values, *ends, config.gamma, config.td_lambda)
         q_taken = jnp.take_along_axis(q[:-1], rollout.action[:-1, :, None], axis=-1)[..., 0]
         squares = (weight * jnp.square(q_taken - target)).sum() / jnp.maximum(weight.sum(), 1)
         return 0.5 * squares, (q_taken.mean(), updated)
 
     def learn(state, hidden, rollout, key):
-        def gradient_step(carry, index):
+        def gradient_step(carry, inputs):
             variables, opt_state = carry
+            index, rate = inputs
             minibatch = jax.tree.map(lambda x: x[:, index], rollout)
             initial = jax.tree.map(lambda x: x[index], hidden)
-            grad = jax.value_and_grad(loss, has_aux=True)
-            (td_loss, (q, updated)), grads = grad(
-                variables["params"], variables, initial, minibatch
-            )
+            params, grad = variables["params"], jax.value_and_grad(loss, has_aux=True)
+            (td_loss, (q, updated)), grads = grad(params, variables, initial, minibatch)
             updates, opt_state = optimizer.update(grads, opt_state)
-            variables = (
-                variables | updated | {"params": optax.apply_updates(variables["params"], updates)}
-            )
+            params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            return (variables, opt_state), {
-                f"losses/{name}": value for name, value in losses.items()
-            }
+            losses = {f"losses/{name}": value for name, value in losses.items()}
+            return (variables | updated | {"params": params}, opt_state), losses
 
         # What sorts random bits is a random permutation: one sort shuffles for all epochs.
-        order = jax.random.bits(key, (config.num_epochs, config.num_envs)).argsort()
+        bits = jax.random.bits(key, (config.num_epochs, config.num_envs), jnp.uint32)
+        order = bits.argsort()
+        minibatches = order.reshape(config.num_gradient_steps, -1)
+        rates = learning_rate(state.update, jnp.arange(config.num_gradient_steps))
         carry = state.variables, state.opt_state
-        (variables, opt_state), losses = jax.lax.scan(
-            gradient_step, carry, order.reshape(config.num_gradient_steps, -1)
-        )
-        return state._replace(variables=variables, opt_state=opt_state), jax.tree.map(
-            jnp.mean, losses
-        )
+        carry, losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
+        state = state._replace(variables=carry[0], opt_state=carry[1])
+        return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each to its end, or to eval_steps."""
@@ -603,7 +597,7 @@ def make_train(config: Config):
         def step(carry):
             t, obs, memory, env_state, returns, finished = carry
             hidden, q = act(state.variables, memory, obs)
-            action = q.argmax(-1)
+            action = q.argmax(-1).astype(jnp.int32)
             key = jax.random.fold_in(step_key, t)
             obs, env_state, reward, terminated, truncated, _ = env_step(key, env_state, action)
             memory = Memory(hidden, action, terminated | truncated)
@@ -617,7 +611,7 @@ def make_train(config: Config):
             )
 
         reset_key, step_key = jax.random.split(key)
-        zeros = jnp.zeros(config.eval_episodes)
+        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         carry = 0, *reset(reset_key), zeros, zeros > 0
         carry = *carry[:2], blank(config.eval_episodes), *carry[2:]
         return jax.lax.while_loop(unfinished, step, carry)[4].mean()
@@ -628,36 +622,34 @@ def make_train(config: Config):
         )
         decayed = jnp.minimum(number / jnp.maximum(config.epsilon_decay * config.num_updates, 1), 1)
         epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
+        epsilon = jnp.float32(epsilon)
 
         hidden = state.memory.hidden
         state, rollout, info = collect(state, epsilon, collect_key)
-        state, losses = learn(state._replace(update=number + 1), hidden, rollout, learn_key)
+        state, losses = learn(state, hidden, rollout, learn_key)
 
         ended = info["returned_episode"]
-
-        def mean_of_ended(values):
-            return (ended * values).sum() / ended.sum()
-
         metrics = losses | {
             "global_step": (number + 1) * config.batch_size,
-            "charts/episodic_return": mean_of_ended(info["returned_episode_returns"]),
-            "charts/episodic_length": mean_of_ended(info["returned_episode_lengths"]),
+            "charts/episodic_return": info["returned_episode_returns"].mean(where=ended),
+            "charts/episodic_length": info["returned_episode_lengths"].mean(where=ended),
             "charts/epsilon": epsilon,
-            "charts/learning_rate": learning_rate(number * config.num_gradient_steps),
+            "charts/learning_rate": learning_rate(number, 0),
         }
         for name, value in info.items():
             if name.startswith("Achievements/"):  # 100 if unlocked, where an episode ends
-                metrics[name.replace("A", "a", 1)] = mean_of_ended(value) / 100
+                metrics[name.replace("A", "a", 1)] = value.mean(where=ended) / 100
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
+            no_return = jnp.float32(jnp.nan)
             metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: jnp.nan, state, eval_key
+                due, evaluate, lambda *_: no_return, state, eval_key
             )
-        return state, metrics
+        return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):
         state = init(key) if state is None else state
-        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates))
+        return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
     train.init = init
     return train

@@ -32,7 +32,7 @@ def environments(module, config, key):
 
         def step(physics, key):
             action = jax.random.uniform(key, (config.num_envs, env.action_size), minval=-1)
-            physics, obs, reward, _ = jax.vmap(env.step)(
+            physics, obs, reward, *_ = jax.vmap(env.step)(
                 jax.random.split(key, config.num_envs), physics, action
             )
             return physics, (obs.sum(), reward.sum())

@@ -19,7 +19,7 @@ def test_code_runs(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *blocks])
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
