@@ -763,6 +763,8 @@ def main(config: Config) -> Path:
     run_chunk = run_chunk.compile()
     saved_at = time.monotonic()
     seconds["compile_seconds"] += saved_at - started
+    if recorder:
+        recorder.bar.unpause()  # which counts from now on
 
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
     pending, stopping = [], False
