@@ -44,6 +44,9 @@ class Count(environment.Environment):
             {},
         )
 
+    def is_truncated(self, state, params):
+        return state[0] >= params.max_steps_in_episode
+
     def reset_env(self, key, params):
         state = jnp.stack([0.0, jax.random.randint(key, (), 0, self.kinds).astype(jnp.float32)])
         return state, state
