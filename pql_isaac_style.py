@@ -1200,8 +1200,8 @@ def plot_returns(config: Config, run_dir: Path) -> str:
         axes.plot(steps, returns.mean(), "o-" if len(steps) <= 30 else "-", label=label)
         axes.fill_between(steps, returns.min(), returns.max(), alpha=0.2)
         axes.legend()
-        # The last evaluation, or the mean over the last tenth of training.
-        since = measured["global_step"].iloc[-1] if kind == "eval" else 0.9 * last_step
+        # The last evaluation, or the mean over the last tenth of training, as far as measured.
+        since = measured["global_step"].iloc[-1] * (1 if kind == "eval" else 0.9)
         by_seed = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
         spread = f" (seeds {by_seed.min():.1f} to {by_seed.max():.1f})" if several else ""
         words.append(f"{label} {by_seed.mean():.1f}{spread}")
