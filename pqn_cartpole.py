@@ -559,7 +559,7 @@ def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
     args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
     try:
         saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # orbax raises Exception itself where an array is damaged
         fail(f"--resume: {checkpoints.directory} cannot be read: {str(error)[:200]}")
     return saved.states, saved.seconds
 
@@ -578,7 +578,7 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
     try:
         runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
-    except Exception as error:  # of many kinds
+    except Exception as error:  # those of wandb's own service are no wandb.Error
         if config.resume is None:
             shutil.rmtree(run_dir)
         raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
