@@ -75,6 +75,7 @@ class RingParams(environment.EnvParams):
 class Ring(environment.Environment):
     """Five places; actions go on, or stay; entering place 4 is rewarded; cut after two steps."""
 
+    limit = 2
     num_actions = 2
     default_params = RingParams()
     action_space = staticmethod(lambda params: spaces.Discrete(2))
@@ -91,7 +92,11 @@ class Ring(environment.Environment):
         return jax.nn.one_hot(place, 5), (jnp.int32(0), place)
 
     def is_truncated(self, state, params):
-        return state[0] >= 2
+        return state[0] >= self.limit
+
+
+class LongRing(Ring):
+    limit = 6
 
 
 class Endless(Ring):
@@ -100,18 +105,19 @@ class Endless(Ring):
     default_params = struct.dataclass(type("NoParams", (), {"__annotations__": {}}))()
 
 
-for env in (Ring, Endless):
+for env in (Ring, LongRing, Endless):
     if env.__name__ not in gymnax.registered_envs:
         gymnax.register(env.__name__, env)
 
 
 @pytest.mark.parametrize("script", ["pqn_cartpole"], indirect=True)
-def test_truncation_by_a_rule_of_its_own(script):
-    """The value of each place, though half of all steps are cut: 0.8^(4-p) / (1 - 0.8^5)."""
-    sizes = {"num_envs": 32, "num_steps": 16, "num_minibatches": 8, "num_epochs": 2}
+@pytest.mark.parametrize("env_id, num_steps", [("Ring", 16), ("LongRing", 4)])
+def test_truncation_by_a_rule_of_its_own(script, env_id, num_steps):
+    """The value of each place, 0.8^(4-p) / (1 - 0.8^5), though many steps, or a few, are cut."""
+    sizes = {"num_envs": 32, "num_steps": num_steps, "num_minibatches": 8, "num_epochs": 2}
     settings = {"gamma": 0.8, "td_lambda": 0.0, "learning_rate": 3e-3, "reward_scale": 1.0}
     config = script.Config(
-        env_id="Ring",
+        env_id=env_id,
         hidden_size=32,
         total_timesteps=400 * 512,
         eval_interval=0,
@@ -120,7 +126,7 @@ def test_truncation_by_a_rule_of_its_own(script):
     )
     state, _ = jax.jit(script.make_train(config))(jax.random.key(0))
     values = script.QNetwork(2, config).apply(state.variables, jnp.eye(5)).max(-1)
-    np.testing.assert_allclose(values, 0.8 ** jnp.array([3, 2, 1, 0, 4]) / (1 - 0.8**5), atol=0.06)
+    np.testing.assert_allclose(values, 0.8 ** jnp.array([3, 2, 1, 0, 4]) / (1 - 0.8**5), atol=0.002)
 
 
 @pytest.mark.parametrize("script", ["pqn_cartpole", "ppo_cartpole", "dqn_cartpole"], indirect=True)
