@@ -213,7 +213,7 @@ def replay_insert(replay: Transition, row: jax.Array, transition: Transition) ->
 
 def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> Transition:
     """A uniform batch, with replacement, of the first num_rows rows; bits [batch] are uint32."""
-    num_envs = replay.action.shape[1]
+    num_envs = jax.tree.leaves(replay)[0].shape[1]
     index = bits % (num_rows * num_envs).astype(jnp.uint32)
     return jax.tree.map(lambda buffer: buffer[index // num_envs, index % num_envs], replay)
 

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Most of the time is compiling: do it with less care, and load what another test or process has
 # compiled.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
-# Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 4.
-SIZES = {"num_envs": 4, "total_timesteps": 12 * 32, "eval_interval": 4, "eval_episodes": 4}
+# Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 5.
+SIZES = {"num_envs": 4, "total_timesteps": 12 * 32, "eval_interval": 5, "eval_episodes": 4}
+SIZES |= {"anneal_lr": True}
 ROLLOUTS = SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16}
 SCRIPTS = {
     "pqn_cartpole": ROLLOUTS,
@@ -53,6 +55,20 @@ def only(*names: str):
     return pytest.mark.parametrize("script", having(*names), indirect=True)
 
 
+def one_with(*names: str):
+    """Runs a test for one script that defines these functions; they are the same in all of them."""
+    return pytest.mark.parametrize("script", having(*names)[:1], indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a file go to one process, script by script."""
+    for item in items:
+        of = getattr(item, "callspec", None)
+        params = of.params if of else {}
+        name = params.get("script", params.get("command", ""))
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+
+
 def flags(script: str) -> list[str]:
     """The tiny sizes of a script as flags."""
     return [
@@ -60,7 +76,7 @@ def flags(script: str) -> list[str]:
         for name, value in SCRIPTS[script].items()
         for part in (
             f"--{name.replace('_', '-')}",
-            *map(str, value if isinstance(value, tuple) else [value]),
+            *([] if value is True else map(str, value if isinstance(value, tuple) else [value])),
         )
     ]
 

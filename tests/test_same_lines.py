@@ -1,6 +1,7 @@
 """A helper of several scripts is the same to the letter: testing it in one is enough."""
 
 import ast
+import importlib
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -11,7 +12,6 @@ OWN = {"Config", "MLP", "QNetwork", "TrainState", "Transition", "make_env", "mak
 VARIANTS = {
     "is_nan": {"dqn_cartpole"},  # nothing is measured before learning starts
     "make_programs": {"dqn_cartpole", "pql_isaac_style", "pqn_rnn_craftax"},  # replay; environments
-    "replay_sample": {"pql_isaac_style"},  # of a whole replay or of its states
     "start_devices": {"pqn_rnn_craftax"},  # environments over devices
 }
 RULE = "# --- Running it: not needed to copy the algorithm"
@@ -78,3 +78,13 @@ def test_every_number_has_its_limits(script):
     numbers = [name for name, kind in script.Config.__annotations__.items() if kind in (int, float)]
     limited = [name for _, _, names in script.LIMITS for name in names.split()]
     assert sorted(limited) == sorted(numbers)
+
+
+def test_a_field_has_the_same_limits_everywhere():
+    limits = {}
+    for name in SCRIPTS:
+        for low, high, names in importlib.import_module(name).LIMITS:
+            for field in names.split():
+                limits.setdefault(field, set()).add((low, high))
+    assert limits.pop("num_steps") == {(1, 2**31 - 1), (2, 2**31 - 1)}  # with an LSTM, two
+    assert {field for field, bounds in limits.items() if len(bounds) > 1} == set()
