@@ -1,9 +1,9 @@
 """DQN, on any gymnax environment with Box observations and Discrete actions.
 
 Deep Q-Network: Mnih et al., Nature 2015; --double-q is van Hasselt et al., 2016, arXiv 1509.06461.
-Unlike PQN it learns from transitions sampled out of a replay, with one-step targets from a network
-that lags behind. Two differences to CleanRL's dqn.py: several environments, as in PureJaxRL, and
-time limits are bootstrapped.
+Unlike PQN, it samples transitions from a replay buffer and takes one-step targets from a target
+network. It differs from CleanRL's dqn.py in two ways: it runs several environments, as PureJaxRL
+does, and it bootstraps at time limits.
 
     python dqn_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
 
@@ -57,21 +57,21 @@ class Config:
     """The defaults are those of PureJaxRL's dqn.py for CartPole-v1."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 500_000
-    """Environment steps per seed, over all its environments; rounded down to whole updates."""
+    """Total environment steps per seed, over all environments; rounded down to whole updates."""
 
     env_id: str = "CartPole-v1"
-    """gymnax environment; its observations are flattened."""
+    """gymnax environment id; observations are flattened."""
     num_envs: int = 10
     """Parallel environments per seed."""
     num_steps: int = 1
-    """Steps of each environment between two gradient steps."""
+    """Steps per environment between gradient steps."""
 
     learning_rate: float = 2.5e-4
-    """Step size of Adam."""
+    """Learning rate of Adam."""
     anneal_lr: bool = False
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
@@ -81,37 +81,37 @@ class Config:
     epsilon_finish: float = 0.05
     """Final exploration rate."""
     epsilon_decay: float = 0.5
-    """Fraction of the run in which epsilon falls linearly."""
+    """Fraction of the run over which the exploration rate decays linearly."""
     buffer_size: int = 10_000
-    """Transitions in the replay of a seed, on the device; each takes two observations, 9 bytes."""
+    """Transitions in each seed's replay, on the device; each takes 2 observations plus 9 bytes."""
     batch_size: int = 128
-    """Transitions sampled for a gradient step."""
+    """Transitions sampled per gradient step."""
     learning_starts: int = 10_000
     """Environment steps before the first gradient step."""
     target_interval: int = 50
-    """Gradient steps between two updates of the target network; the metrics have a row for each."""
+    """Gradient steps between target network updates; the metrics have one row per target update."""
     tau: float = 1.0
-    """How far an update moves the target network to the online one: 1 is a copy."""
+    """Fraction by which an update moves the target network towards the online one; 1 copies it."""
     double_q: bool = False
-    """Let the online network choose the next action that the target network values."""
+    """Double DQN: the online network chooses the next action, the target network evaluates it."""
     hidden_sizes: tuple[int, ...] = (120, 84)
-    """Units of the hidden layers."""
+    """Units of each hidden layer."""
     bootstrap_on_truncation: bool = True
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxRL does."""
 
     eval_interval: int = 50
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "dqn"
@@ -126,7 +126,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.steps_per_update)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -142,18 +142,18 @@ class Config:
             envs = f"--num-envs {self.num_envs}"
             raise ValueError(f"--buffer-size is {self.buffer_size}, less than {envs}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes numbers from 1")
+            raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes positive integers")
         if self.num_updates == 0:
             update = f"--num-envs {self.num_envs} * --num-steps {self.num_steps}"
             update += f" * --target-interval {self.target_interval}"
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {update}")
         last_update = (self.num_updates - 1) * self.steps_per_update
         if self.learning_starts > last_update:
-            least = f"no update begins there, the last one begins at {last_update}"
-            raise ValueError(f"--learning-starts is {self.learning_starts}; {least}")
+            last = f"the last update starts before, at step {last_update}"
+            raise ValueError(f"--learning-starts is {self.learning_starts}; {last}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps buffer_size batch_size"),
     (1, 2**31 - 1, "target_interval eval_episodes"),
@@ -183,20 +183,20 @@ class QNetwork(nn.Module):
 
 
 class Transition(NamedTuple):
-    """One step of all environments; the replay stacks buffer_size // num_envs of them in front."""
+    """One step of all environments; the replay adds a leading axis of buffer_size // num_envs."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
     terminated: jax.Array
-    next_obs: jax.Array  # where the step led, before any reset
+    next_obs: jax.Array  # after the step, before any reset
 
 
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
+    """Greedy actions [...] for q_values [..., num_actions], uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
     uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
-    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
+    # One draw decides both: given uniform < epsilon, uniform / epsilon is uniform in [0, 1).
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
     return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
@@ -207,12 +207,12 @@ def td_targets(rewards, next_values, terminated, gamma) -> jax.Array:
 
 
 def replay_insert(replay: Transition, row: jax.Array, transition: Transition) -> Transition:
-    """The replay [rows, num_envs, ...] with transition in row, wrapping around."""
+    """The replay [rows, num_envs, ...] with transition written to row, wrapping around."""
     return jax.tree.map(lambda buffer, x: buffer.at[row % len(buffer)].set(x), replay, transition)
 
 
 def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> Transition:
-    """A uniform batch, with replacement, of the first num_rows rows; bits [batch] are uint32."""
+    """A uniform batch, with replacement, from the first num_rows rows; bits [batch] are uint32."""
     num_envs = replay.action.shape[1]
     index = bits % (num_rows * num_envs).astype(jnp.uint32)
     return jax.tree.map(lambda buffer: buffer[index // num_envs, index % num_envs], replay)
@@ -222,9 +222,9 @@ def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> T
 
 
 def make_env(env_id: str):
-    """The gymnax environment, flattened and logging its episodes, and its parameters.
+    """The gymnax environment with flattened observations and an episode log, and its parameters.
 
-    Raises ValueError for an unknown id, and unless observations are Box and actions Discrete.
+    Raises ValueError for an unknown id, or unless observations are Box and actions Discrete.
     """
     import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
     from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
@@ -237,7 +237,7 @@ def make_env(env_id: str):
         type(space).__name__ for space in (env.observation_space(params), env.action_space(params))
     ]
     if spaces != ["Box", "Discrete"]:
-        takes = "it takes one with ['Box', 'Discrete']"
+        takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
     return LogWrapper(FlattenObservationWrapper(env)), params
 
@@ -261,24 +261,24 @@ class TrainState(NamedTuple):
 def make_train(config: Config):
     """DQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config.env_id)
     if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; set --eval-interval 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
 
     def learning_rate(number, step):
-        """Of a gradient step of an update; annealed from the first one to zero at the end."""
+        """The rate at a gradient step of an update; annealing starts at the first gradient step."""
         progress = (number - first_update + step / config.target_interval) / num_learning
         remaining = 1 - config.anneal_lr * jnp.clip(progress, 0, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
@@ -308,7 +308,7 @@ def make_train(config: Config):
         return jnp.float32(epsilon)
 
     def collect(state, step, keys):
-        """num_steps steps of all environments into the replay; step counts those of one."""
+        """Adds num_steps steps of all environments to the replay; step counts one environment's."""
 
         def env_steps(carry, inputs):
             obs, env_state, replay = carry
@@ -352,7 +352,7 @@ def make_train(config: Config):
         return (params, opt_state), losses
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
+        """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
         def unfinished(carry):
             t, *_, finished = carry
@@ -375,12 +375,12 @@ def make_train(config: Config):
         return returns.mean()
 
     def update(state, number):
-        """target_interval times num_steps steps and a gradient step, then the target network."""
+        """target_interval rounds of num_steps steps and a gradient step, then a target update."""
         collect_key, sample_key, eval_key = jax.random.split(
             jax.random.fold_in(state.key, number), 3
         )
         learning = number >= first_update
-        first = number * config.target_interval * config.num_steps
+        first_step = number * config.target_interval * config.num_steps
 
         def iteration(state, inputs):
             step, keys, bits, rate = inputs
@@ -396,7 +396,7 @@ def make_train(config: Config):
         keys = jax.random.split(collect_key, shape)
         shape = config.target_interval, config.batch_size
         bits = jax.random.bits(sample_key, shape, jnp.uint32)
-        steps = first + config.num_steps * jnp.arange(config.target_interval)
+        steps = first_step + config.num_steps * jnp.arange(config.target_interval)
         rates = learning_rate(number, jnp.arange(config.target_interval))
         state, (infos, losses) = jax.lax.scan(iteration, state, (steps, keys, bits, rates))
         target_params = optax.incremental_update(state.params, state.target_params, config.tau)
@@ -407,7 +407,7 @@ def make_train(config: Config):
             "global_step": (number + 1) * config.steps_per_update,
             "charts/episodic_return": infos["returned_episode_returns"].mean(where=ended),
             "charts/episodic_length": infos["returned_episode_lengths"].mean(where=ended),
-            "charts/epsilon": epsilon(first * config.num_envs),
+            "charts/epsilon": epsilon(first_step * config.num_envs),
             "charts/learning_rate": learning_rate(number, 0),
         }
         if config.eval_interval:

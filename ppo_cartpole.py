@@ -1,7 +1,7 @@
 """PPO with clipping, on any gymnax environment with Box observations and Discrete actions.
 
 Proximal Policy Optimisation: Schulman et al., 2017, arXiv 1707.06347, with the details of CleanRL's
-ppo.py, as in PureJaxRL (Lu et al., 2022). Unlike PQN it learns a policy, with a value function as
+ppo.py, as in PureJaxRL (Lu et al., 2022). Unlike PQN, it learns a policy, with a value function as
 baseline.
 
     python ppo_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
@@ -56,65 +56,65 @@ class Config:
     """The defaults are those of CleanRL's ppo.py for CartPole-v1."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 500_000
-    """Environment steps per seed, over all its environments; rounded down to whole updates."""
+    """Total environment steps per seed, over all environments; rounded down to whole updates."""
 
     env_id: str = "CartPole-v1"
-    """gymnax environment; its observations are flattened."""
+    """gymnax environment id; observations are flattened."""
     num_envs: int = 4
     """Parallel environments per seed."""
     num_steps: int = 128
-    """Steps of each environment in a rollout."""
+    """Steps per environment in a rollout."""
 
     learning_rate: float = 2.5e-4
-    """Step size of Adam."""
+    """Learning rate of Adam."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages: 0 for one-step, 1 for Monte Carlo."""
+    """Lambda of GAE: 0 for one-step advantages, 1 for Monte Carlo."""
     num_epochs: int = 4
-    """Passes over a rollout."""
+    """Passes over each rollout."""
     num_minibatches: int = 4
-    """Gradient steps in a pass; divides num_envs * num_steps."""
+    """Minibatches per pass; must divide num_envs * num_steps."""
     norm_adv: bool = True
-    """Normalise the advantages of a minibatch."""
+    """Normalise the advantages in each minibatch."""
     clip_coef: float = 0.2
-    """Clip range of the ratio of new to old probability, in the policy loss."""
+    """Clip range of the probability ratio in the policy loss."""
     clip_vloss: bool = True
-    """Clip the change of the values by clip_coef too."""
+    """Clip the value loss too, with the range clip_coef."""
     ent_coef: float = 0.01
-    """Weight of the entropy in the loss."""
+    """Weight of the entropy bonus."""
     vf_coef: float = 0.5
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
-    """Global norm that gradients are clipped to."""
+    """Maximum global norm of the gradients."""
     activation: Literal["tanh", "relu"] = "tanh"
-    """After every hidden layer."""
+    """Activation function after every hidden layer."""
     hidden_size: int = 64
-    """Units of a hidden layer."""
+    """Units per hidden layer."""
     num_layers: int = 2
-    """Hidden layers, of the actor and of the critic."""
+    """Number of hidden layers, in the actor and in the critic."""
     bootstrap_on_truncation: bool = True
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxRL does."""
 
     eval_interval: int = 48
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "ppo"
@@ -130,7 +130,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -148,13 +148,13 @@ class Config:
             raise ValueError(f"{minibatches}; it must divide {rollout}")
         if self.norm_adv and self.batch_size == self.num_minibatches:
             raise ValueError(
-                "--norm-adv takes minibatches of more than one: lower --num-minibatches"
+                "--norm-adv needs more than one transition per minibatch: lower --num-minibatches"
             )
         if self.num_updates == 0:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps num_epochs num_minibatches"),
     (1, 2**31 - 1, "hidden_size num_layers eval_episodes"),
@@ -195,8 +195,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) 
         A[t] = delta[t] + gamma * gae_lambda * (1 - terminated[t]) * (1 - truncated[t]) * A[t+1]
         A[num_steps] = 0
 
-    Arrays are [num_steps, num_envs]; next_values[t] is the value of where step t led, before a
-    reset.
+    Arrays are [num_steps, num_envs]; next_values[t] is the value after step t, before any reset.
     """
     deltas = rewards + gamma * ~terminated * next_values - values
     traces = gamma * gae_lambda * ~(terminated | truncated)
@@ -210,13 +209,13 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) 
 
 
 def clipped_surrogate(ratios, advantages, clip_coef) -> jax.Array:
-    """The policy loss of PPO (Schulman et al., 2017, equation 7) for ratios, advantages [batch]."""
+    """PPO's policy loss (Schulman et al., 2017, equation 7); ratios and advantages are [batch]."""
     clipped = jnp.clip(ratios, 1 - clip_coef, 1 + clip_coef)
     return -jnp.minimum(ratios * advantages, clipped * advantages).mean()
 
 
 def value_loss(values, old_values, returns, clip_coef) -> jax.Array:
-    """Half the mean squared error, the worse of values [batch] and values clipped near the old."""
+    """Half the mean of the larger squared error, of values [batch] or clipped near old_values."""
     clipped = old_values + jnp.clip(values - old_values, -clip_coef, clip_coef)
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns)).mean()
 
@@ -225,9 +224,9 @@ def value_loss(values, old_values, returns, clip_coef) -> jax.Array:
 
 
 def make_env(env_id: str):
-    """The gymnax environment, flattened and logging its episodes, and its parameters.
+    """The gymnax environment with flattened observations and an episode log, and its parameters.
 
-    Raises ValueError for an unknown id, and unless observations are Box and actions Discrete.
+    Raises ValueError for an unknown id, or unless observations are Box and actions Discrete.
     """
     import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
     from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
@@ -240,7 +239,7 @@ def make_env(env_id: str):
         type(space).__name__ for space in (env.observation_space(params), env.action_space(params))
     ]
     if spaces != ["Box", "Discrete"]:
-        takes = "it takes one with ['Box', 'Discrete']"
+        takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
     return LogWrapper(FlattenObservationWrapper(env)), params
 
@@ -260,13 +259,13 @@ class TrainState(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """One step of all environments; a rollout stacks num_steps of them in front."""
+    """One step of all environments; a rollout adds a leading axis of num_steps."""
 
     obs: jax.Array
     action: jax.Array
     logits: jax.Array
     reward: jax.Array
-    next_obs: jax.Array  # where the step led, before any reset
+    next_obs: jax.Array  # after the step, before any reset
     terminated: jax.Array
     truncated: jax.Array
     info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
@@ -275,24 +274,24 @@ class Transition(NamedTuple):
 def make_train(config: Config):
     """PPO as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config.env_id)
     if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; set --eval-interval 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     num_actions = env.action_space(env_params).n
     actor, critic = MLP(num_actions, 0.01, config), MLP(1, 1.0, config)
 
     def learning_rate(number):
-        """Of an update; annealed, it stays at zero past the end of the run."""
+        """The rate of an update; if annealed, it stays zero after the run."""
         progress = number / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
@@ -315,7 +314,7 @@ def make_train(config: Config):
             obs, env_state = carry
             noise, keys = inputs
             logits = actor.apply(state.params["actor"], obs)
-            # With Gumbel noise, the greatest logit is a sample of their softmax.
+            # Gumbel-max: the argmax of logits plus Gumbel noise is a sample of their softmax.
             action = (logits + noise).argmax(-1)
             obs_after, env_state, reward, *ends, info = env_step(
                 keys, env_state, action, env_params
@@ -335,7 +334,7 @@ def make_train(config: Config):
         return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
 
     def prepare(params, rollout):
-        """A flat batch of what the loss needs; the critic sees the rollout in one pass."""
+        """A flat batch of inputs of the loss; the critic evaluates the rollout in one pass."""
         values, next_values = value(params, rollout.obs), value(params, rollout.next_obs)
         terminated, truncated = rollout.terminated, rollout.truncated
         if not config.bootstrap_on_truncation:
@@ -376,7 +375,7 @@ def make_train(config: Config):
 
         rate = learning_rate(state.update)
         batch = prepare(state.params, rollout)
-        # What sorts random bits is a random permutation: one sort shuffles for all epochs.
+        # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
@@ -387,7 +386,7 @@ def make_train(config: Config):
         return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
+        """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
         def unfinished(carry):
             t, *_, finished = carry

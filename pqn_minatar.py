@@ -1,8 +1,8 @@
 """PQN with lambda-returns and a small convolutional network, on the five MinAtar games of gymnax.
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
-arXiv 2407.04811; MinAtar: Young and Tian, 2019, arXiv 1903.03176. The algorithm is that of
-pqn_cartpole.py; the network, the hyperparameters and the flags of the environments differ.
+arXiv 2407.04811; MinAtar: Young and Tian, 2019, arXiv 1903.03176. The algorithm is the same
+as in pqn_cartpole.py; the network, hyperparameters and environment flags differ.
 
     python pqn_minatar.py --env-id Asterix-MinAtar  # trains, plots, saves; --help lists the flags
 
@@ -62,43 +62,43 @@ class Config:
     """The defaults are the paper's for MinAtar."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 10_000_000
-    """Environment steps per seed, over all its environments; rounded down to whole updates."""
+    """Total environment steps per seed, over all environments; rounded down to whole updates."""
 
     env_id: Literal[GAMES] = "Breakout-MinAtar"
-    """Game of gymnax, with its minimal set of actions."""
+    """MinAtar game in gymnax, with its minimal action set."""
     sticky_action_prob: float = 0.0
-    """Probability of repeating the last action instead; gymnax has 0, Young and Tian 0.1."""
+    """Probability of repeating the last action: 0 in gymnax, 0.1 in Young and Tian."""
     max_steps_in_episode: int = 0
-    """Time limit of an episode; 0 for gymnax's: 1000 steps, 2500 in Freeway."""
+    """Time limit of an episode; 0 for gymnax's (1000 steps, 2500 in Freeway)."""
     num_envs: int = 128
     """Parallel environments per seed."""
     num_steps: int = 32
-    """Steps of each environment in a rollout."""
+    """Steps per environment in a rollout."""
 
     learning_rate: float = 5e-4
-    """Step size of RAdam."""
+    """Learning rate of RAdam."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float = 0.65
-    """Lambda of the returns: 0 for one-step targets, 1 for Monte Carlo."""
+    """Lambda of the lambda-returns: 0 for one-step targets, 1 for Monte Carlo."""
     epsilon_start: float = 1.0
     """Initial exploration rate."""
     epsilon_finish: float = 0.05
     """Final exploration rate."""
     epsilon_decay: float = 0.1
-    """Fraction of the run in which epsilon falls linearly."""
+    """Fraction of the run over which the exploration rate decays linearly."""
     num_epochs: int = 2
-    """Passes over a rollout."""
+    """Passes over each rollout."""
     num_minibatches: int = 32
-    """Gradient steps in a pass; divides num_envs * num_steps."""
+    """Minibatches per pass; must divide num_envs * num_steps."""
     max_grad_norm: float = 10.0
-    """Global norm that gradients are clipped to."""
+    """Maximum global norm of the gradients."""
     reward_scale: float = 1.0
     """Scale of training rewards; reported returns are unscaled."""
     norm: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"
@@ -111,18 +111,18 @@ class Config:
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int = 122
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pqn"
@@ -138,7 +138,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -155,12 +155,12 @@ class Config:
             minibatches = f"--num-minibatches is {self.num_minibatches}"
             raise ValueError(f"{minibatches}; it must divide {rollout}")
         if self.norm == "batch_norm" and self.batch_size == self.num_minibatches:
-            raise ValueError("--norm batch_norm takes minibatches of more than one transition")
+            raise ValueError("--norm batch_norm needs more than one transition per minibatch")
         if self.num_updates == 0:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps num_epochs num_minibatches"),
     (1, 2**31 - 1, "num_channels hidden_size eval_episodes"),
@@ -189,7 +189,7 @@ class QNetwork(nn.Module):
                 x = nn.BatchNorm(use_running_average=not train)(x)
             return nn.relu(x)
 
-        # The convolution as a matrix product of patches: on a CPU three times as fast as nn.Conv.
+        # A convolution as a matrix product of patches: on a CPU, three times as fast as nn.Conv.
         x = x.astype(jnp.float32)
         patches = [x[..., i : i + 8, j : j + 8, :] for i in range(3) for j in range(3)]
         x = nn.Dense(self.config.num_channels, kernel_init=he_normal())(
@@ -205,21 +205,21 @@ class QNetwork(nn.Module):
 
 
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
+    """Greedy actions [...] for q_values [..., num_actions], uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
     uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
-    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
+    # One draw decides both: given uniform < epsilon, uniform / epsilon is uniform in [0, 1).
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
     return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
-    """Q(lambda) targets G of a rollout (PQN, section 4), with terminated and truncated kept apart.
+    """Q(lambda) targets G of a rollout (PQN, section 4), with separate terminated and truncated.
 
         G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
         l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
 
-    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q of where step t led, before a reset.
+    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q after step t, before any reset.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
 
@@ -237,7 +237,7 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 
 
 def make_env(config: Config):
-    """The game, logging its episodes, and its parameters; ValueError for an unknown id."""
+    """The game with an episode log, and its parameters. Raises ValueError for an unknown id."""
     import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
     from gymnax.wrappers import LogWrapper, StickyActionWrapper
 
@@ -255,24 +255,24 @@ def make_env(config: Config):
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
-    variables: Any  # flax's: params and, for batch norm, batch_stats
+    variables: Any  # flax variables: params and, for batch norm, batch_stats
     opt_state: Any
     env_state: Any
     obs: jax.Array  # [num_envs, 10, 10, channels]
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
-    params = property(lambda self: self.variables, doc="What a trained agent needs.")
+    params = property(lambda self: self.variables, doc="The variables of a trained agent.")
 
 
 class Transition(NamedTuple):
-    """One step of all environments; a rollout stacks num_steps of them in front."""
+    """One step of all environments; a rollout adds a leading axis of num_steps."""
 
     obs: jax.Array
     action: jax.Array
     value: jax.Array  # max_a Q(obs, a)
     reward: jax.Array
-    next_obs: jax.Array  # where the step led, before any reset
+    next_obs: jax.Array  # after the step, before any reset
     terminated: jax.Array
     truncated: jax.Array
     info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
@@ -281,23 +281,23 @@ class Transition(NamedTuple):
 def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config)
     if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; set --eval-interval 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
 
     def learning_rate(number, step):
-        """Of a gradient step of an update; annealed, it stays at zero past the end of the run."""
+        """The rate at a gradient step of an update; if annealed, it stays zero after the run."""
         progress = (number + step / config.num_gradient_steps) / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
@@ -334,21 +334,21 @@ def make_train(config: Config):
         def value_of(obs):
             return network.apply(state.variables, obs).max(-1)
 
-        def look_up_few():
+        def bootstrap_few():
             size, fill_value = config.num_envs, config.batch_size
             (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=size, fill_value=fill_value)
             next_obs = rollout.next_obs.reshape(config.batch_size, *rollout.obs.shape[2:])
-            values = following.ravel().at[cut].set(value_of(next_obs[cut]), mode="drop")
-            return values.reshape(following.shape)
+            values = shifted.ravel().at[cut].set(value_of(next_obs[cut]), mode="drop")
+            return values.reshape(shifted.shape)
 
-        def look_up_all():
-            return jnp.where(rollout.truncated, value_of(rollout.next_obs), following)
+        def bootstrap_all():
+            return jnp.where(rollout.truncated, value_of(rollout.next_obs), shifted)
 
-        # The value of where step t led is value[t + 1], except in the last row, and after a time
-        # limit, where the next row begins another episode. There the network sees next_obs.
-        following = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
+        # The value after step t is value[t + 1], except in the last row and at a time limit, where
+        # the next row starts a new episode: there, the network evaluates next_obs.
+        shifted = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
         are_few = rollout.truncated.sum() <= config.num_envs
-        next_values = jax.lax.cond(are_few, look_up_few, look_up_all)
+        next_values = jax.lax.cond(are_few, bootstrap_few, bootstrap_all)
         terminated, truncated = rollout.terminated, rollout.truncated
         if not config.bootstrap_on_truncation:
             terminated |= truncated
@@ -379,7 +379,7 @@ def make_train(config: Config):
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
-        # What sorts random bits is a random permutation: one sort shuffles for all epochs.
+        # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
@@ -390,7 +390,7 @@ def make_train(config: Config):
         return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
+        """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
         def unfinished(carry):
             t, *_, finished = carry

@@ -1,8 +1,8 @@
-"""PQN with an LSTM and lambda-returns, on Craftax, and on gymnax tasks that need memory.
+"""PQN with an LSTM and lambda-returns, on Craftax and on gymnax tasks that need memory.
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 arXiv 2407.04811; Craftax: Matthews et al., ICML 2024, arXiv 2402.16801. Unlike in pqn_cartpole.py,
-a minibatch is whole environments: the LSTM runs over the rollout from the hidden state stored at
+a minibatch holds whole environments: the LSTM runs over the rollout from the hidden state stored at
 its start, and targets are recomputed at every gradient step.
 
     python pqn_rnn_craftax.py --num-envs 1024       # trains, plots, saves; --help lists the flags
@@ -53,76 +53,76 @@ CRAFTAX = "Craftax-Symbolic-v1", "Craftax-Classic-Symbolic-v1"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's for Craftax-Symbolic-v1; a run of these takes hours on a GPU."""
+    """The defaults are the paper's for Craftax-Symbolic-v1; such a run takes hours on a GPU."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 1_000_000_000
-    """Environment steps per seed, over all its environments; rounded down to whole updates."""
+    """Total environment steps per seed, over all environments; rounded down to whole updates."""
 
     env_id: str = "Craftax-Symbolic-v1"
-    """Craftax-Symbolic-v1, Craftax-Classic-Symbolic-v1, or a gymnax environment, flattened."""
+    """Craftax-Symbolic-v1, Craftax-Classic-Symbolic-v1, or a gymnax id (flattened observations)."""
     env_params: tuple[str, ...] = ()
-    """Parameters of the environment to change, as memory_length=100 of MemoryChain-bsuite."""
+    """Environment parameters to override, such as memory_length=100 of MemoryChain-bsuite."""
     reset_ratio: int = 16
-    """Environments that share one fresh Craftax world if they end in one step; 1 for one each."""
+    """Environments per world that Craftax generates at a reset; 1 for no sharing of worlds."""
     num_envs: int = 1024
     """Parallel environments per seed."""
     num_steps: int = 128
-    """Steps of each environment in a rollout."""
+    """Steps per environment in a rollout."""
 
     learning_rate: float = 3e-4
-    """Step size of RAdam."""
+    """Learning rate of RAdam."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float = 0.5
-    """Lambda of the returns: 0 for one-step targets, 1 for Monte Carlo."""
+    """Lambda of the lambda-returns: 0 for one-step targets, 1 for Monte Carlo."""
     epsilon_start: float = 1.0
     """Initial exploration rate."""
     epsilon_finish: float = 0.005
     """Final exploration rate."""
     epsilon_decay: float = 0.1
-    """Fraction of the run in which epsilon falls linearly."""
+    """Fraction of the run over which the exploration rate decays linearly."""
     num_epochs: int = 4
-    """Passes over a rollout."""
+    """Passes over each rollout."""
     num_minibatches: int = 4
-    """Gradient steps in a pass, each on whole environments; divides num_envs."""
+    """Minibatches per pass, each of whole environments; must divide num_envs."""
     max_grad_norm: float = 0.5
-    """Global norm that gradients are clipped to."""
+    """Maximum global norm of the gradients."""
     reward_scale: float = 1.0
     """Scale of training rewards; reported returns are unscaled."""
     norm_input: bool = True
     """Batch renormalisation of the observations."""
     hidden_size: int = 512
-    """Units of a hidden layer and of the LSTM."""
+    """Units per hidden layer and of the LSTM."""
     num_layers: int = 1
-    """Hidden layers before the LSTM."""
+    """Number of hidden layers before the LSTM."""
     forget_bias: float = 0.0
-    """First bias of the forget gate: log(T) to remember about T steps (arXiv 1804.11188)."""
+    """Initial bias of the forget gate: log(T) to remember about T steps (arXiv 1804.11188)."""
     memory: bool = True
-    """Let the LSTM remember; if off, its state is cleared at every step."""
+    """Keep the state of the LSTM; if off, it is cleared at every step."""
     bootstrap_on_truncation: bool = True
     """Mask truncated steps from the loss; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int = 0
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
     eval_steps: int = 10_000
     """Step limit of an evaluation; unfinished episodes count their return so far."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pqn"
@@ -138,7 +138,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -151,18 +151,18 @@ class Config:
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"{flag} is {value}; it takes a number from {low} to {high}")
         if self.num_envs % self.num_minibatches:
-            envs = f"--num-envs, {self.num_envs}"
+            envs = f"--num-envs {self.num_envs}"
             raise ValueError(f"--num-minibatches is {self.num_minibatches}; it must divide {envs}")
         if self.num_updates == 0:
             rollout = f"--num-envs {self.num_envs} * --num-steps {self.num_steps}"
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_epochs num_minibatches"),
     (1, 2**31 - 1, "reset_ratio hidden_size num_layers eval_episodes eval_steps"),
-    (2, 2**31 - 1, "num_steps"),  # the last step is only bootstrapped from
+    (2, 2**31 - 1, "num_steps"),  # the last step only serves to bootstrap
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma td_lambda epsilon_start epsilon_finish epsilon_decay"),
     (0, math.inf, "reward_scale forget_bias checkpoint_interval"),
@@ -175,7 +175,7 @@ LIMITS = [
 class BatchRenorm(nn.Module):
     """Batch renormalisation over all but the last axis (Ioffe, 2017, arXiv 1702.03275).
 
-    In its first 1000 training steps it is batch normalisation, while the running statistics form.
+    It is batch normalisation for its first 1000 training steps, while running statistics warm up.
     """
 
     momentum: float = 0.999
@@ -212,10 +212,10 @@ class BatchRenorm(nn.Module):
 
 
 class LSTM(nn.Module):
-    """LSTM over time: x [T, B, F] and clear [T, B], from (c, h), each [B, size], to [T, B, size].
+    """LSTM over time: from (c, h), each [B, size], x [T, B, F] and clear [T, B] to [T, B, size].
 
-    Where clear, the state is zeroed before the step. The product with the inputs is one for all
-    steps; only that with the hidden state waits for the step before.
+    clear zeroes the state before a step. All inputs are multiplied by their weights at once; only
+    the product with the hidden state runs step by step.
     """
 
     size: int
@@ -223,13 +223,13 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(self, carry, x: jax.Array, clear: jax.Array):
-        def orthogonals(key, shape):  # one for each gate
+        def orthogonals(key, shape):  # one per gate
             init, square = nn.initializers.orthogonal(), (shape[0], shape[0])
             return jnp.hstack([init(key, square, jnp.float32) for key in jax.random.split(key, 4)])
 
         kernel = self.param("kernel", orthogonals, (self.size, 4 * self.size))
-        first_bias = jnp.array([0, self.forget_bias, 0, 0], jnp.float32).repeat(self.size)
-        gates = nn.Dense(4 * self.size, bias_init=lambda *_: first_bias)(x)
+        initial_bias = jnp.array([0, self.forget_bias, 0, 0], jnp.float32).repeat(self.size)
+        gates = nn.Dense(4 * self.size, bias_init=lambda *_: initial_bias)(x)
 
         def step(carry, inputs):
             gates, clear = inputs
@@ -245,7 +245,7 @@ class LSTM(nn.Module):
 class QNetwork(nn.Module):
     """Encoder, LSTM, output: obs [T, B, obs_dim], last_action, start [T, B] to [T, B, num_actions].
 
-    start tells where an episode begins, hidden is the state of the LSTM before the first step.
+    start marks the first step of an episode; hidden is the LSTM's state before the first step.
     """
 
     num_actions: int
@@ -269,21 +269,21 @@ class QNetwork(nn.Module):
 
 
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
+    """Greedy actions [...] for q_values [..., num_actions], uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
     uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
-    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
+    # One draw decides both: given uniform < epsilon, uniform / epsilon is uniform in [0, 1).
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
     return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
-    """Q(lambda) targets G of a rollout (PQN, section 4), with terminated and truncated kept apart.
+    """Q(lambda) targets G of a rollout (PQN, section 4), with separate terminated and truncated.
 
         G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
         l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
 
-    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q of where step t led, before a reset.
+    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q after step t, before any reset.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
 
@@ -300,12 +300,11 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 def rollout_targets(
     rewards, values, terminated, truncated, gamma, td_lambda
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets of all steps but the last and whether each counts, both [num_steps - 1, num_envs].
+    """Targets and loss mask of all steps but the last, both [num_steps - 1, num_envs].
 
-    Arrays are [num_steps, num_envs]; values[t] is max_a Q of the observation at t, so the next row
-    has that of where step t led. Not where a time limit cut: the next row begins another episode.
-    Such a step has no return and does not count, so the return of the step before it ends at its
-    value.
+    Arrays are [num_steps, num_envs]; values[t] is max_a Q of the observation at t. The value after
+    step t is values[t + 1], except at a time limit, where the next row starts a new episode. Such a
+    step has no target and is masked, and the return of the step before bootstraps from its value.
     """
     truncated = truncated & ~terminated
     ends = truncated[:-1] | truncated[1:]
@@ -317,7 +316,7 @@ def rollout_targets(
 
 
 class CraftaxState(NamedTuple):
-    """Worlds and the episodes in them so far."""
+    """States of the worlds, with returns and lengths of the episodes so far."""
 
     env_state: Any
     returns: jax.Array
@@ -325,27 +324,27 @@ class CraftaxState(NamedTuple):
 
 
 def make_env(config: Config, num_envs: int):
-    """num_envs environments at once: reset(key), step(key, state, action), actions, time limit.
+    """Functions reset(key), step(key, state, action) of num_envs environments, actions, time limit.
 
-    reset returns (obs, state), step what gymnax's does: its info has returned_episode,
+    reset returns (obs, state), and step returns what gymnax's does. Its info has returned_episode,
     returned_episode_returns, returned_episode_lengths and, for Craftax, achievements of episodes
-    that ended. Raises ValueError for an unknown id, unknown parameters, and unless observations are
-    Box and actions Discrete.
+    that ended. Raises ValueError for an unknown id or parameter, or unless observations are Box and
+    actions Discrete.
     """
     return (make_craftax if config.env_id in CRAFTAX else make_gymnax)(config, num_envs)
 
 
 def change_params(params, changes: tuple[str, ...]):
-    """The parameters with changes as "name=number"; raises ValueError for any other."""
+    """The parameters with changes such as "name=number"; raises ValueError for an invalid one."""
     names = [field.name for field in dataclasses.fields(params)]
     for text in changes:
         name, _, number = text.partition("=")
         if name not in names or not re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?(e-?\d+)?", number):
-            takes = f"name=number, with a name of {', '.join(names)}"
+            takes = f"name=number, with a name among {', '.join(names)}"
             raise ValueError(f"--env-params is {text}; it takes {takes}")
         old, new = getattr(params, name), json.loads(number)
         if type(old) is int and old > 0 and not (type(new) is int and new > 0):
-            raise ValueError(f"--env-params is {text}; {name} counts, it takes a number from 1")
+            raise ValueError(f"--env-params is {text}; {name} is a count, it takes integers from 1")
         params = params.replace(**{name: new})
     return params
 
@@ -366,7 +365,7 @@ def make_gymnax(config: Config, num_envs: int):
     spaces = env.observation_space(params), env.action_space(params)
     spaces = [type(space).__name__ for space in spaces]
     if spaces != ["Box", "Discrete"]:
-        takes = "it takes one with ['Box', 'Discrete']"
+        takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
     env = LogWrapper(FlattenObservationWrapper(env))
 
@@ -382,16 +381,16 @@ def make_gymnax(config: Config, num_envs: int):
 
 
 def make_craftax(config: Config, num_envs: int):
-    """make_env for Craftax, with optimistic resets: making a world is dear.
+    """make_env for Craftax, with optimistic resets, as generating a world is expensive.
 
-    A step that ends an episode makes num_envs / reset_ratio worlds. Environments that end take them
-    in order, and share them when more end than were made.
+    If any episode ends in a step, num_envs / reset_ratio worlds are generated. Environments whose
+    episode ended take them in order, and share them if there are too few.
     """
     from craftax.craftax_env import make_craftax_env_from_name
 
     if num_envs % config.reset_ratio:
-        what = f"--num-envs, {config.num_envs}, and --eval-episodes, {config.eval_episodes}"
-        raise ValueError(f"--reset-ratio is {config.reset_ratio}; it takes a divisor of {what}")
+        counts = f"--num-envs {config.num_envs} and --eval-episodes {config.eval_episodes}"
+        raise ValueError(f"--reset-ratio is {config.reset_ratio}; it must divide {counts}")
     env = make_craftax_env_from_name(config.env_id, auto_reset=False)
     params = change_params(env.default_params, config.env_params)
     num_fresh = num_envs // config.reset_ratio
@@ -429,7 +428,7 @@ def make_craftax(config: Config, num_envs: int):
 
             return jax.tree.map(where_done, fresh(reset_key, num_fresh), states)
 
-        # Most steps of a few environments end none: they make no world.
+        # With few environments, most steps end no episode and need no new world.
         obs, env_state = jax.lax.cond(
             done.any(), reset_ended, lambda *states: states, obs, env_state
         )
@@ -443,7 +442,7 @@ def make_craftax(config: Config, num_envs: int):
 
 
 class Memory(NamedTuple):
-    """What acting needs beside the environments, for each of them."""
+    """What the network carries from step to step, per environment."""
 
     hidden: Any  # (c, h) of the LSTM, [num_envs, hidden_size] each
     last_action: jax.Array
@@ -453,7 +452,7 @@ class Memory(NamedTuple):
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
-    variables: Any  # flax's: params and batch_stats
+    variables: Any  # flax variables: params and batch_stats
     opt_state: Any
     env_state: Any
     obs: jax.Array  # [num_envs, obs_dim]
@@ -461,11 +460,11 @@ class TrainState(NamedTuple):
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
-    params = property(lambda self: self.variables, doc="What a trained agent needs.")
+    params = property(lambda self: self.variables, doc="The variables of a trained agent.")
 
 
 class Transition(NamedTuple):
-    """One step of all environments; a rollout stacks num_steps of them in front."""
+    """One step of all environments; a rollout adds a leading axis of num_steps."""
 
     obs: jax.Array
     last_action: jax.Array
@@ -479,13 +478,13 @@ class Transition(NamedTuple):
 def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env_reset, env_step, num_actions, _ = make_env(config, config.num_envs)
     eval_env = make_env(config, config.eval_episodes) if config.eval_interval else None
@@ -497,13 +496,13 @@ def make_train(config: Config):
         return Memory(hidden, jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool))
 
     def act(variables, memory, obs):
-        """Values [num_envs, num_actions] and the LSTM's new state, a step of the network."""
+        """One step of the network: the LSTM's new state, and values [num_envs, num_actions]."""
         inputs = jax.tree.map(lambda x: x[None], (obs, memory.last_action, memory.start))
         hidden, q = network.apply(variables, memory.hidden, *inputs)
         return hidden, q[0]
 
     def learning_rate(number, step):
-        """Of a gradient step of an update; annealed, it stays at zero past the end of the run."""
+        """The rate at a gradient step of an update; if annealed, it stays zero after the run."""
         progress = (number + step / config.num_gradient_steps) / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
@@ -532,7 +531,7 @@ def make_train(config: Config):
             )
             inputs = obs, memory.last_action, memory.start
             transition = Transition(*inputs, action, reward, terminated, truncated)
-            # As in PureJaxQL, an episode begins with the last action of the one before.
+            # As in PureJaxQL, an episode starts with the last action of the previous one.
             memory = Memory(hidden, action, terminated | truncated)
             kept = {x: y for x, y in info.items() if x.startswith(("returned", "Achievements"))}
             return (next_obs, memory, env_state), (transition, kept)
@@ -577,7 +576,7 @@ def make_train(config: Config):
             losses = {f"losses/{name}": value for name, value in losses.items()}
             return (variables | updated | {"params": params}, opt_state), losses
 
-        # What sorts random bits is a random permutation: one sort shuffles for all epochs.
+        # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.num_envs), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
@@ -588,7 +587,7 @@ def make_train(config: Config):
         return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each to its end, or to eval_steps."""
+        """Mean return of eval_episodes greedy episodes, each to its end or to eval_steps."""
         reset, env_step, _, max_steps = eval_env
 
         def unfinished(carry):
@@ -637,7 +636,7 @@ def make_train(config: Config):
             "charts/learning_rate": learning_rate(number, 0),
         }
         for name, value in info.items():
-            if name.startswith("Achievements/"):  # 100 if unlocked, where an episode ends
+            if name.startswith("Achievements/"):  # 100 if unlocked, when an episode ends
                 metrics[name.replace("A", "a", 1)] = value.mean(where=ended) / 100
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
