@@ -1,10 +1,10 @@
-"""Parallel Q-Learning on continuous control: brax, gymnax, dm_control of MuJoCo Playground.
+"""Parallel Q-Learning for continuous control: brax, gymnax, MuJoCo Playground's dm_control.
 
 Parallel Q-Learning: Li et al., "Parallel Q-Learning: Scaling Off-policy Reinforcement Learning
 under Massively Parallel Simulation", ICML 2023, arXiv 2307.12983. An actor, a value learner and a
-policy learner work side by side, each on copies of what the others had when they last exchanged.
-Unlike DQN it has continuous actions (DDPG with double Q and n-step targets), exploration noise that
-differs from environment to environment, and thousands of those.
+policy learner run in parallel, each with copies of the others' parameters from the last exchange.
+Unlike DQN, it has continuous actions (DDPG with double Q and n-step targets), thousands of
+environments, and exploration noise that differs between them.
 
     python pql_isaac_style.py --env-id ant          # trains, plots, saves; --help lists the flags
 
@@ -58,87 +58,87 @@ class Config:
     """The defaults are the paper's, for a GPU."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 100_000_000
-    """Environment steps per seed, over all its environments, warm-up included."""
+    """Total environment steps per seed, over all environments, including warm-up."""
 
     env_id: str = "ant"
-    """Task of brax, of gymnax or, where playground is installed, of its dm_control suite."""
+    """Task of brax, of gymnax or, if MuJoCo Playground is installed, of its dm_control suite."""
     backend: Literal["spring", "positional", "generalized", "mjx"] = "spring"
-    """Physics of a brax task."""
+    """Physics backend of a brax task."""
     num_envs: int = 4096
     """Parallel environments per seed."""
     num_steps: int = 64
-    """Steps of each environment in an update, which is a row of the metrics."""
+    """Steps per environment in an update; the metrics have one row per update."""
     resets_per_step: float = 1.0
-    """First states drawn in a step, as a fraction of num_envs; if more episodes end, some share."""
+    """Initial states drawn per step, as a fraction of num_envs; shared if more episodes end."""
 
     algorithm: Literal["pql", "pql_d", "ddpg_n"] = "pql"
-    """pql; pql_d, which learns distributions of returns; ddpg_n, one thing after the other."""
+    """pql; pql_d learns return distributions; ddpg_n acts and learns one after the other."""
     learning_rate: float = 5e-4
-    """Step size of AdamW, for values and policy."""
+    """Learning rate of AdamW, for critics and policy."""
     anneal_lr: bool = False
     """Anneal the learning rate linearly to zero."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 0.5
-    """Global norm that gradients are clipped to, both critics together."""
+    """Maximum global norm of the gradients; both critics share one norm."""
     gamma: float = 0.99
     """Discount factor."""
     n_steps: int = 3
-    """Rewards in a target before it is bootstrapped."""
+    """Rewards in an n-step target."""
     reward_scale: float = 0.01
-    """Scale of training rewards, 1 for ANYmal, 0.1 for Franka; reported returns are unscaled."""
+    """Scale of training rewards (1 for ANYmal, 0.1 for Franka); reported returns are unscaled."""
     critic_updates: int = 8
-    """Critic updates for a step of all environments; the paper's beta_a:v is one to this."""
+    """Critic updates per step of all environments; the paper's beta_a:v is 1:critic_updates."""
     policy_updates: int = 4
-    """Policy updates for a step of all environments; beta_p:v is this to critic_updates."""
+    """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates."""
     sync_every: int = 1
-    """Steps of all environments between two exchanges of parameters, statistics, transitions."""
+    """Steps of all environments between exchanges of parameters, statistics and transitions."""
     buffer_size: int = 5_000_000
-    """Transitions in the replay of a seed, on the device; they go into every checkpoint."""
+    """Transitions in each seed's replay, on the device; saved in every checkpoint."""
     batch_size: int = 8192
-    """Transitions sampled for a gradient step."""
+    """Transitions sampled per gradient step."""
     warmup_steps: int = 32
-    """Steps of all environments with uniformly random actions, before everything else."""
+    """Steps of all environments with uniformly random actions, before learning starts."""
     tau: float = 0.05
-    """How far each critic update moves the target critic to the online one."""
+    """Fraction by which each critic update moves the target critic towards the online one."""
     stddev_min: float = 0.05
     """Standard deviation of the exploration noise in the first environment."""
     stddev_max: float = 0.8
     """Standard deviation of the exploration noise in the last environment."""
     target_noise: float = 0.8
-    """Standard deviation of the noise on the next actions of targets."""
+    """Standard deviation of the noise on the next actions in targets."""
     target_noise_clip: float = 0.2
-    """Bound of the noise on the next actions of targets."""
+    """Clip range of the noise on the next actions in targets."""
     obs_clip: float = 5.0
-    """Bound of the normalised observations that the learners see; the actor's have none."""
+    """Clip range of the learners' normalised observations; the actor's are not clipped."""
     num_atoms: int = 51
-    """Atoms of a distribution of returns (pql_d)."""
+    """Atoms of the return distribution (pql_d)."""
     value_bound: float = 10.0
-    """The atoms lie from minus this to this (pql_d)."""
+    """The atoms span [-value_bound, value_bound] (pql_d)."""
     combine: Literal["elementwise_min", "lower_mean"] = "elementwise_min"
-    """Target of the two critics (pql_d): least probability of each atom, or the lower mean."""
+    """Target from two critics (pql_d): minimum per atom, or the distribution of lower mean."""
     hidden_sizes: tuple[int, ...] = (512, 256, 128)
-    """Units of the hidden layers."""
+    """Units of each hidden layer."""
     bootstrap_on_truncation: bool = True
     """Bootstrap at time limits; if off, treat them as terminal, as the authors' code does."""
 
     eval_interval: int = 20
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pql"
@@ -159,7 +159,7 @@ class Config:
         return (self.total_timesteps - self.warmup_timesteps) // self.steps_per_update
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -172,14 +172,14 @@ class Config:
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"{flag} is {value}; it takes a number from {low} to {high}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes numbers from 1")
+            raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes positive integers")
         if self.num_steps % self.sync_every:
-            steps = f"--num-steps, {self.num_steps}"
+            steps = f"--num-steps {self.num_steps}"
             raise ValueError(f"--sync-every is {self.sync_every}; it must divide {steps}")
-        least = self.n_steps - 1 + self.sync_every
-        if self.warmup_steps < least:
-            what = f"--n-steps - 1 + --sync-every, {least}"
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}, less than {what}")
+        minimum = self.n_steps - 1 + self.sync_every
+        if self.warmup_steps < minimum:
+            bound = f"--n-steps - 1 + --sync-every = {minimum}"
+            raise ValueError(f"--warmup-steps is {self.warmup_steps}, less than {bound}")
         warmup = f"--num-envs {self.num_envs} * --warmup-steps {self.warmup_steps}"
         if self.buffer_size < self.warmup_timesteps:
             raise ValueError(f"--buffer-size is {self.buffer_size}, less than {warmup}")
@@ -189,7 +189,7 @@ class Config:
             raise ValueError(f"{total}, less than {warmup} + {update}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps n_steps critic_updates"),
     (1, 2**31 - 1, "policy_updates sync_every buffer_size batch_size warmup_steps eval_episodes"),
@@ -206,7 +206,7 @@ LIMITS = [
 
 
 class MLP(nn.Module):
-    """Dense, ELU layers: [..., num_inputs] to [..., num_outputs], initialised as PyTorch does."""
+    """Dense, ELU layers with PyTorch's initial weights: [..., num_inputs] to [..., num_outputs]."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
@@ -231,7 +231,7 @@ class Policy(nn.Module):
 
 
 class DoubleCritic(nn.Module):
-    """Two critics of normalised obs, action: [2, ..., num_outputs], values or logits of atoms."""
+    """Two critics of normalised obs and action: values or atom logits [2, ..., num_outputs]."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
@@ -246,13 +246,13 @@ class DoubleCritic(nn.Module):
 
 
 class Transition(NamedTuple):
-    """n steps of all environments as one; the replay stacks buffer_size // num_envs of them."""
+    """n steps of all environments; the replay adds a leading axis of buffer_size // num_envs."""
 
     obs: jax.Array
     action: jax.Array
     reward: jax.Array  # discounted sum to the n-th step or the end of the episode
-    discount: jax.Array  # of the value of next_obs
-    next_obs: jax.Array  # where the last of the steps led
+    discount: jax.Array  # factor on the value of next_obs
+    next_obs: jax.Array  # after the last of these steps, before any reset
 
 
 class Statistics(NamedTuple):
@@ -277,29 +277,30 @@ def n_step_transitions(rewards, next_obs, terminated, truncated, gamma, n):
         reward[t] = sum_{i <= k} gamma^i r[t + i]
         discount[t] = gamma^(k + 1) * (1 - terminated[t + k])
 
-    with k the first end of an episode, of either kind, in steps t to t + n - 1, else n - 1; next
-    observations are those of step t + k, before any reset. Arrays are [T + n - 1, num_envs, ...].
+    where step t + k is the first in t, ..., t + n - 1 to end an episode (terminated or truncated),
+    or k = n - 1 if none does. The next observation is the one after step t + k, before any reset.
+    Input arrays are [T + n - 1, num_envs, ...].
     """
     num_windows = len(rewards) - n + 1
-    total, discount, goes_on, last_obs = 0.0, 1.0, True, next_obs[:num_windows]
+    total, discount, alive, last_obs = 0.0, 1.0, True, next_obs[:num_windows]
     for i in range(n):
         reward, obs, end, cut = (
             x[i : i + num_windows] for x in (rewards, next_obs, terminated, truncated)
         )
-        total += jnp.where(goes_on, discount * reward, 0)
-        discount *= jnp.where(goes_on, gamma * ~end, 1)
-        last_obs = jnp.where(jnp.expand_dims(goes_on, -1), obs, last_obs)
-        goes_on &= ~(end | cut)
+        total += jnp.where(alive, discount * reward, 0)
+        discount *= jnp.where(alive, gamma * ~end, 1)
+        last_obs = jnp.where(jnp.expand_dims(alive, -1), obs, last_obs)
+        alive &= ~(end | cut)
     return total, discount, last_obs
 
 
 def double_q_targets(rewards, next_values, discounts) -> jax.Array:
-    """Double Q targets r + discount * min_j next_values[j], of [2, batch] (PQL, equation 1)."""
+    """Double Q targets r + discount * min_j v[j] for next_values v [2, batch] (PQL, equation 1)."""
     return rewards + discounts * next_values.min(axis=0)
 
 
 def project_distribution(probs, rewards, discounts, support) -> jax.Array:
-    """The distributions probs [..., batch, atoms] of r + discount * z, back on the support.
+    """Projects the distributions probs [..., batch, atoms] of r + discount * z onto the support.
 
     Mass between two atoms is split linearly, mass outside goes to the edge atom (Bellemare et al.,
     2017, arXiv 1707.06887, equation 7).
@@ -310,10 +311,10 @@ def project_distribution(probs, rewards, discounts, support) -> jax.Array:
 
 
 def combine_distributions(probs, support, combine) -> jax.Array:
-    """One target [batch, atoms] of the two in probs [2, batch, atoms].
+    """One target [batch, atoms] from the two in probs [2, batch, atoms].
 
-    "elementwise_min" takes the least probability of each atom (the authors of PQL; the sum may be
-    below 1), "lower_mean" the distribution of lower mean (FastTD3, arXiv 2505.22642).
+    "elementwise_min" takes the minimum probability of each atom (as PQL's authors do; the sum may
+    be below 1), "lower_mean" the distribution with the lower mean (FastTD3, arXiv 2505.22642).
     """
     if combine == "elementwise_min":
         return probs.min(axis=0)
@@ -322,7 +323,7 @@ def combine_distributions(probs, support, combine) -> jax.Array:
 
 
 def update_statistics(statistics: Statistics, obs: jax.Array) -> Statistics:
-    """The statistics with observations [batch, obs_size] added (Chan et al., 1979)."""
+    """Updates the statistics with observations [batch, obs_size] (Chan et al., 1979)."""
     count = statistics.count + len(obs)
     difference, weight = obs.mean(axis=0) - statistics.mean, len(obs) / count
     var = (
@@ -334,17 +335,17 @@ def update_statistics(statistics: Statistics, obs: jax.Array) -> Statistics:
 
 
 def normalize(obs: jax.Array, statistics: Statistics, clip: jax.Array = jnp.inf) -> jax.Array:
-    """Observations [..., obs_size] at mean 0 and variance 1, within clip."""
+    """Observations [..., obs_size] scaled to mean 0 and variance 1, then clipped."""
     return jnp.clip((obs - statistics.mean) / jnp.sqrt(statistics.var + 1e-4), -clip, clip)
 
 
 def replay_insert(replay: Transition, row: jax.Array, transition: Transition) -> Transition:
-    """The replay [rows, num_envs, ...] with transition in row, wrapping around."""
+    """The replay [rows, num_envs, ...] with transition written to row, wrapping around."""
     return jax.tree.map(lambda buffer, x: buffer.at[row % len(buffer)].set(x), replay, transition)
 
 
 def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> Transition:
-    """A uniform batch, with replacement, of the first num_rows rows; bits [batch] are uint32."""
+    """A uniform batch, with replacement, from the first num_rows rows; bits [batch] are uint32."""
     num_envs = jax.tree.leaves(replay)[0].shape[1]
     index = bits % (num_rows * num_envs).astype(jnp.uint32)
     return jax.tree.map(lambda buffer: buffer[index // num_envs, index % num_envs], replay)
@@ -354,7 +355,7 @@ def replay_sample(replay: Transition, bits: jax.Array, num_rows: jax.Array) -> T
 
 
 class Env(NamedTuple):
-    """A task of one environment, actions in [-1, 1], no reset of its own."""
+    """A single environment, with actions in [-1, 1] and no automatic reset."""
 
     reset: Callable  # key -> physics, obs
     step: Callable  # key, physics, action -> physics, obs, reward, terminated, truncated
@@ -364,11 +365,11 @@ class Env(NamedTuple):
 
 
 def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
-    """The task of brax or dm_control, which have the same methods, and its time limit."""
+    """The brax or dm_control environment, which share an interface, and its time limit."""
     brax_ids = "ant halfcheetah hopper humanoid humanoidstandup inverted_double_pendulum"
     brax_ids += " inverted_pendulum pusher reacher swimmer walker2d"
     brax_ids = tuple(brax_ids.split())
-    # Imported when asked for, as both take seconds; they print that an optional package is missing.
+    # Imported on demand, as both take seconds; silenced, as they print about missing packages.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         if env_id in brax_ids:
             from brax import envs
@@ -376,7 +377,7 @@ def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
             try:
                 return envs.get_environment(env_id, backend=backend), 1000
             except (ValueError, AssertionError) as error:
-                message = f"--backend is {backend}; --env-id {env_id} takes another: {error}"
+                message = f"--backend is {backend}; --env-id {env_id} does not support it: {error}"
                 raise ValueError(message) from error
         with contextlib.suppress(ImportError):
             from mujoco_playground import dm_control_suite
@@ -389,9 +390,9 @@ def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
 
 
 def make_env(env_id: str, backend: str) -> Env:
-    """The task of gymnax, brax or dm_control of that name.
+    """The gymnax, brax or dm_control environment of that name.
 
-    Raises ValueError for an unknown id, spaces other than Box, and physics that the task lacks.
+    Raises ValueError for an unknown id, spaces other than Box, or a backend that brax lacks for it.
     """
     import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
 
@@ -400,7 +401,7 @@ def make_env(env_id: str, backend: str) -> Env:
         space = env.action_space(params)
         spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
         if spaces != ["Box", "Box"]:
-            takes = "it takes one with ['Box', 'Box']"
+            takes = "it takes Box observations and actions"
             raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
 
         if not hasattr(params, "max_steps_in_episode"):
@@ -443,40 +444,40 @@ class Step(NamedTuple):
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
-    next_obs: jax.Array  # where the step led, before any reset
+    next_obs: jax.Array  # after the step, before any reset
     terminated: jax.Array
     truncated: jax.Array
 
 
 class Actor(NamedTuple):
-    """Of the three, the one that steps the environments."""
+    """Steps the environments."""
 
-    policy: Any  # the P-learner's when they last exchanged
+    policy: Any  # the P-learner's at the last exchange
     statistics: Statistics
     physics: Any
     obs: jax.Array  # [num_envs, obs_size]
     length: jax.Array  # [num_envs], of the episode so far
     episodic_return: jax.Array  # [num_envs], of the episode so far
-    window: Step  # [n_steps - 1, num_envs, ...], steps whose n steps are not over yet
+    window: Step  # [n_steps - 1, num_envs, ...], steps with incomplete n-step windows
 
 
 class VLearner(NamedTuple):
-    """Of the three, the one that learns values."""
+    """Learns the critics."""
 
     critic: Any
     target_critic: Any
     opt_state: Any
-    policy: Any  # the P-learner's when they last exchanged
-    statistics: Statistics  # the actor's when they last exchanged
+    policy: Any  # the P-learner's at the last exchange
+    statistics: Statistics  # the actor's at the last exchange
 
 
 class PLearner(NamedTuple):
-    """Of the three, the one that learns the policy."""
+    """Learns the policy."""
 
     policy: Any
     opt_state: Any
-    critic: Any  # the V-learner's when they last exchanged
-    statistics: Statistics  # the actor's when they last exchanged
+    critic: Any  # the V-learner's at the last exchange
+    statistics: Statistics  # the actor's at the last exchange
 
 
 class TrainState(NamedTuple):
@@ -486,13 +487,13 @@ class TrainState(NamedTuple):
     p_learner: PLearner
     actor: Actor
     replay: Transition  # [buffer_size // num_envs, num_envs, ...]
-    fresh: Transition  # [sync_every, num_envs, ...], on their way to the replay
+    fresh: Transition  # [sync_every, num_envs, ...], not yet in the replay
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
     @property
     def params(self):
-        """What a trained agent needs."""
+        """The networks and observation statistics of a trained agent."""
         policy, critic = self.p_learner.policy, self.v_learner.critic
         return {"policy": policy, "critic": critic, "statistics": self.actor.statistics}
 
@@ -500,7 +501,7 @@ class TrainState(NamedTuple):
 def exchange(
     actor: Actor, v_learner: VLearner, p_learner: PLearner
 ) -> tuple[Actor, VLearner, PLearner]:
-    """Each of the three with copies of what it uses of the other two."""
+    """Gives the actor and the learners copies of what they use from each other."""
     return (
         actor._replace(policy=p_learner.policy),
         v_learner._replace(policy=p_learner.policy, statistics=actor.statistics),
@@ -511,13 +512,13 @@ def exchange(
 def make_train(config: Config):
     """PQL as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env = make_env(config.env_id, config.backend)
     env_reset = jax.vmap(env.reset)
@@ -532,26 +533,26 @@ def make_train(config: Config):
     critic_steps, policy_steps = (
         config.sync_every * n for n in (config.critic_updates, config.policy_updates)
     )
-    # In the replay before the first cycle: the last n_steps - 1 steps of the warm-up are not over,
-    # and sync_every transitions wait, as after every cycle. By default 32 - 2 - 1 = 29 rows.
+    # Replay rows before the first cycle: the windows of the last n_steps - 1 warm-up steps are
+    # incomplete, and sync_every transitions are in fresh. By default 32 - 2 - 1 = 29 rows.
     rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every
 
     def learning_rate(number, cycle):
-        """Of a cycle of an update; annealed, it stays at zero past the end of the run."""
+        """The rate in a cycle of an update; if annealed, it stays zero after the run."""
         progress = (number + cycle / num_cycles) / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     decay = optax.add_decayed_weights(config.weight_decay)
-    optimizer = optax.chain(clip, optax.scale_by_adam(), decay)  # AdamW, but for the rate
+    optimizer = optax.chain(clip, optax.scale_by_adam(), decay)  # AdamW without its rate
 
     def step_params(params, grads, opt_state, rate):
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, optax.tree.scale(-rate, updates)), opt_state
 
     def init(key):
-        """The state after warm-up, whose last transitions are on their way to the replay."""
+        """The state after warm-up; its last transitions are in fresh, not yet in the replay."""
         key, policy_key, critic_key, reset_key, warmup_key = jax.random.split(key, 5)
         physics, obs = env_reset(jax.random.split(reset_key, config.num_envs))
         zeros = jnp.zeros(config.num_envs, jnp.float32)
@@ -566,7 +567,7 @@ def make_train(config: Config):
             policy_params, statistics, physics, obs, zeros.astype(jnp.int32), zeros, window
         )
         actor, transitions, _ = act(actor, warmup_key, config.warmup_steps, warmup=True)
-        # Without the windows that begin before the first step.
+        # Drop the windows that start before the first step.
         transitions = jax.tree.map(lambda x: x[config.n_steps - 1 :], transitions)
 
         replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), transitions)
@@ -584,16 +585,16 @@ def make_train(config: Config):
         return TrainState(*learners, actor, replay, fresh, key, jnp.int32(0))
 
     def env_step(keys, physics, obs, action):
-        """A step without reset; where physics fails, obs stays at reward 0: a time limit."""
+        """A step without reset; a physics failure keeps obs, gives reward 0 and truncates."""
         physics, next_obs, reward, terminated, truncated = jax.vmap(env.step)(keys, physics, action)
-        # NaN, or on the way there.
+        # NaN or diverging.
         failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
         next_obs = jnp.where(failed[:, None], obs, next_obs)
         ends = terminated & ~failed, truncated | failed
         return physics, next_obs, jnp.where(failed, 0, reward), *ends, failed
 
     def act(actor, key, num_steps, warmup=False):
-        """Steps with the actor's copy of the policy: n-step transitions, sums over episodes."""
+        """Steps with the actor's policy; returns the actor, n-step transitions and episode sums."""
 
         def step(actor, inputs):
             noise, step_keys, reset_keys = inputs
@@ -607,11 +608,11 @@ def make_train(config: Config):
             truncated |= length >= env.max_steps
             ended = terminated | truncated
             row = Step(actor.obs, action, reward, next_obs, terminated, truncated)
-            # As floats, since the sum of lengths may not fit in int32.
+            # Floats, as a sum of lengths may overflow int32.
             sums = {"length": ended * length.astype(jnp.float32), "return": ended * episodic_return}
             sums |= {"ended": ended, "failed": failed}
 
-            # The first environment to end takes the first new state, and so on, wrapping around.
+            # Environments that end take the new states in order, wrapping around.
             slot = (jnp.cumsum(ended) - 1) % num_resets
 
             def restart(old, new):
@@ -667,7 +668,7 @@ def make_train(config: Config):
         log_probs = jax.nn.log_softmax(outputs)
         if config.combine == "lower_mean":
             loss = -(target * log_probs).sum(axis=-1)
-        else:  # the target need not be a distribution: each atom is a binary choice
+        else:  # the target may not sum to 1: binary cross-entropy per atom
             log_others = jnp.log(jnp.maximum(-jnp.expm1(log_probs), 1e-7))
             loss = -(target * log_probs + (1 - target) * log_others).mean(axis=-1)
         return loss.mean(axis=-1).sum(), expected_values(outputs).mean()
@@ -684,7 +685,7 @@ def make_train(config: Config):
         )
 
     def learn_values(v_learner, replay, filled, key, rate, gradient_steps):
-        """Critic updates with the V-learner's copy of the policy, on the filled rows."""
+        """Critic updates with the V-learner's copy of the policy, on filled rows of the replay."""
 
         def gradient_step(v_learner, inputs):
             bits, noise = inputs
@@ -706,7 +707,7 @@ def make_train(config: Config):
         return v_learner, jax.tree.map(jnp.mean, losses)
 
     def learn_policy(p_learner, obs, filled, key, rate, gradient_steps):
-        """Policy updates with the P-learner's copy of the critic, on the filled rows of states."""
+        """Policy updates with the P-learner's copy of the critic, on filled rows of obs."""
 
         def gradient_step(p_learner, bits):
             loss, grads = jax.value_and_grad(policy_loss)(
@@ -721,7 +722,7 @@ def make_train(config: Config):
         return p_learner, jax.tree.map(jnp.mean, losses)
 
     def parallel_cycle(state, filled, keys, rate):
-        """Actor, V-learner, P-learner, none reading what another writes; then their exchange."""
+        """Actor, V-learner and P-learner run independently of each other, then exchange."""
         actor, fresh, sums = act(state.actor, keys[0], config.sync_every)
         v_learner, v_losses = learn_values(
             state.v_learner, state.replay, filled, keys[1], rate, critic_steps
@@ -734,10 +735,10 @@ def make_train(config: Config):
         return state, (v_losses | p_losses, sums)
 
     def sequential_cycle(state, filled, keys, rate):
-        """Rounds of critic and policy updates, then steps of the environments, each on the newest.
+        """Rounds of critic and policy updates, then environment steps, all with latest parameters.
 
-        As many updates as parallel_cycle does; the paper's DDPG(n) does as many of the policy as of
-        the critic.
+        It makes as many updates as parallel_cycle; the paper's DDPG(n) makes as many of the policy
+        as of the critic.
         """
         rounds = math.gcd(critic_steps, policy_steps)
 
@@ -763,7 +764,7 @@ def make_train(config: Config):
         return state, (jax.tree.map(jnp.mean, losses), sums)
 
     def evaluate(policy_params, statistics, key):
-        """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
+        """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
         def unfinished(carry):
             return (carry[0] < env.max_steps) & ~carry[-1].all()
@@ -782,7 +783,7 @@ def make_train(config: Config):
         return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
 
     def schedule(key, number):
-        """Of the cycles of an update the first rows, keys and rates; the evaluation's key."""
+        """First replay rows, keys and rates of an update's cycles, and its evaluation's key."""
         cycles = jnp.arange(num_cycles, dtype=jnp.int32)
         first_rows = rows_before + number * config.num_steps + config.sync_every * cycles
         cycle_key, eval_key = jax.random.split(jax.random.fold_in(key, number))
@@ -790,7 +791,7 @@ def make_train(config: Config):
         return first_rows, keys, learning_rate(number, cycles), eval_key
 
     def insert(replay, fresh, first_row):
-        """The replay with the fresh rows from first_row on, and how many of its rows are filled."""
+        """The replay with fresh written from first_row on, and its number of filled rows."""
         rows = first_row + jnp.arange(config.sync_every)
         return replay_insert(replay, rows, fresh), jnp.minimum(rows[-1] + 1, num_rows)
 
@@ -811,11 +812,11 @@ def make_train(config: Config):
         )
 
     def update(state, number):
-        """num_steps steps of all environments, with all their gradient steps."""
+        """num_steps steps of all environments and their gradient steps."""
 
         def cycle(state, inputs):
             first_row, keys, rate = inputs
-            # Written before it is read: the other way round, XLA would copy the whole replay.
+            # Write before reading: the other way round, XLA would copy the whole replay.
             replay, filled = insert(state.replay, state.fresh, first_row)
             one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
             return one_cycle(state._replace(replay=replay), filled, keys, rate)
@@ -836,16 +837,15 @@ def make_train(config: Config):
         return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
     def train_on_devices(state, num_updates, devices):
-        """train of a state, bit for bit, as programs for three devices; for the host, not for jit.
+        """train(state=state) as programs on three devices, bit-identical; cannot be jitted.
 
-        Actor, V-learner and P-learner each stay on their device, and what they exchange is put
-        there after each cycle; nothing waits for the host. The replay is on the V-learner's device,
-        its states on the P-learner's as well. Raises ValueError for ddpg_n, in which each waits for
-        the other.
+        Actor, V-learner and P-learner each stay on their own device and receive copies after each
+        cycle; nothing waits for the host. The V-learner's device holds the replay, the P-learner's
+        only its observations. Raises ValueError for ddpg_n, which is sequential.
         """
         if config.algorithm == "ddpg_n":
             raise ValueError(
-                "ddpg_n does one thing after the other: it has no use for several devices"
+                "ddpg_n acts and learns one after the other: it cannot use several devices"
             )
 
         def learn_v(replay, fresh, first_row, key, rate, v_learner):
@@ -864,14 +864,14 @@ def make_train(config: Config):
         schedule_program, summarize_program, evaluate_program = map(
             jax.jit, (schedule, summarize, evaluate)
         )
-        devices, key, done, all_metrics = tuple(devices), state.key, int(state.update), []
-        # Copies, which the programs write in place.
+        devices, key, start, all_metrics = tuple(devices), state.key, int(state.update), []
+        # Copies, as the programs overwrite them.
         buffers = jax.tree.map(jnp.copy, (state.replay, state.replay.obs))
         replay, states = jax.device_put(buffers, devices[1:])
-        three, fresh = jax.device_put(
+        workers, fresh = jax.device_put(
             ((state.actor, state.v_learner, state.p_learner), state.fresh), (devices, devices[0])
         )
-        for number in range(done, done + num_updates):
+        for number in range(start, start + num_updates):
             (first_rows, keys, rates, eval_key), cycles = schedule_program(key, number), []
             for i in range(num_cycles):
                 inputs = (
@@ -880,11 +880,11 @@ def make_train(config: Config):
                     (fresh.obs, first_rows[i], keys[i, 2], rates[i]),
                 )
                 act_key, v_inputs, p_inputs = jax.device_put(inputs, devices)
-                actor, v_learner, p_learner = three
+                actor, v_learner, p_learner = workers
                 replay, v_learner, v_losses = v_program(replay, *v_inputs, v_learner)
                 states, p_learner, p_losses = p_program(states, *p_inputs, p_learner)
                 actor, fresh, sums = act_program(actor, act_key)
-                three = jax.device_put(exchange(actor, v_learner, p_learner), devices)
+                workers = jax.device_put(exchange(actor, v_learner, p_learner), devices)
                 cycles.append((v_losses | p_losses, sums))
             losses, sums = jax.tree.map(
                 lambda *x: jnp.stack(x), *jax.device_put(cycles, devices[0])
@@ -892,15 +892,15 @@ def make_train(config: Config):
             metrics = summarize_program(number, losses, sums)
             if config.eval_interval:
                 inputs = jax.device_put(
-                    (three[2].policy, three[0].statistics, eval_key), devices[0]
+                    (workers[2].policy, workers[0].statistics, eval_key), devices[0]
                 )
                 metrics["eval/episodic_return"] = (
                     evaluate_program(*inputs) if is_due(number) else jnp.float32(jnp.nan)
                 )
             all_metrics.append(metrics)
-        actor, v_learner, p_learner = three
+        actor, v_learner, p_learner = workers
         state = TrainState(
-            v_learner, p_learner, actor, replay, fresh, key, jnp.int32(done + num_updates)
+            v_learner, p_learner, actor, replay, fresh, key, jnp.int32(start + num_updates)
         )
         return jax.device_put(
             (state, jax.tree.map(lambda *x: jnp.stack(x), *all_metrics)), devices[0]
@@ -914,24 +914,24 @@ def make_train(config: Config):
 # --- Running it: not needed to copy the algorithm -------------------------------------------------
 
 SCRIPT = Path(__file__)
-# Flags that do not change the results: --resume takes new values of them.
+# Flags that may change on --resume, as they do not affect the results.
 FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line and exit code 2."""
+    """Exits with code 2 and one line on stderr."""
     print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 def say(message: str) -> None:
-    """Print a line above the progress bar; of several hosts, only the first does."""
+    """Prints a line above the progress bar, on the first host only."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)
 
 
 def parse_args(args: list[str]) -> Config:
-    """Flags as tyro takes them, and 1e6 for an integer, --flag=False for --no-flag."""
+    """Parses flags with tyro; also accepts 1e6 for integers and --flag=False for --no-flag."""
     number, boolean = r"^(--[\w-]+=|)(\d+(\.\d+)?[eE]\+?\d+)$", r"^--([\w-]+)=(?i:(true)|false)$"
     args = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
     args = [re.sub(boolean, lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", arg) for arg in args]
@@ -941,41 +941,41 @@ def parse_args(args: list[str]) -> Config:
         config = tyro.cli(Config, args=args, description=__doc__, default=saved)
         for name, old in vars(saved).items():
             if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
-                fail(f"--{name.replace('_', '-')} is {new}; a resumed run keeps its own, {old}")
+                fail(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
     return config
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The configuration of a run of this script, to resume it; fails for any other folder."""
+    """Loads the Config of a run to resume; fails unless the run is one of this script."""
     try:
         flags = json.loads(Path(run_dir, "config.json").read_text())
         script = flags.pop("script")
         if script == SCRIPT.stem:
             return Config(**flags | {"resume": str(run_dir)})
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"--resume is {run_dir}; it takes the folder of a run: {error!r}")
+        fail(f"--resume is {run_dir}; it takes a run folder: {error!r}")
     fail(f"--resume is {run_dir}, a run of {script}.py")
 
 
 def last_checkpoint(run_dir: str) -> int:
-    """The update of the last checkpoint of a run; fails if it has none."""
+    """The update number of a run's last checkpoint; fails if there is none."""
     folder = Path(run_dir, "checkpoints")
     updates = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
     return max(updates) if updates else fail(f"--resume is {run_dir}; it has no checkpoint yet")
 
 
 def start_devices(config: Config) -> Mesh:
-    """The devices that the seeds are spread over, equally many on each host.
+    """The device mesh for the seeds, with the same number of devices on every host.
 
-    A CPU is divided into devices: the fewest that keep all cores busy, with one thread (NPROC) each
-    where batches are small.
+    A CPU is split into as few devices as keep all cores busy; with small batches, each device uses
+    one thread (NPROC).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
     threads = cores // num_devices if config.batch_size >= 4096 else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
-    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX has already started: use its devices
         jax.config.update("jax_num_cpu_devices", num_devices)
     try:
         if config.distributed and not jax.distributed.is_initialized():
@@ -986,19 +986,19 @@ def start_devices(config: Config) -> Mesh:
     hosts, local = jax.process_count(), jax.local_device_count()
     per_host = [n for n in range(1, local + 1) if config.num_seeds % (n * hosts) == 0]
     if not per_host:
-        raise ValueError(f"--num-seeds is {config.num_seeds}; it takes a multiple of {hosts} hosts")
+        raise ValueError(f"--num-seeds is {config.num_seeds}, not a multiple of the {hosts} hosts")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.reshape(devices, (hosts, local))[:, : per_host[-1]].ravel(), ("seeds",))
 
 
 def check_memory(config: Config, replay: Transition) -> None:
-    """Raises ValueError if the replays of all seeds take more than there is."""
+    """Raises ValueError if the replays of all seeds do not fit in memory."""
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(replay)) / 2**30
     needed *= config.num_seeds / jax.process_count()
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         memory = stats["bytes_limit"] * jax.local_device_count() / 2**30
-    elif hasattr(os, "sysconf"):  # a CPU: room for a copy while a checkpoint is written
+    elif hasattr(os, "sysconf"):  # on a CPU, leave room for the copies of a checkpoint
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
         for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # a container's limit
@@ -1007,17 +1007,17 @@ def check_memory(config: Config, replay: Transition) -> None:
     else:
         return
     if needed > memory:
-        room = f"what fits in {memory:.1f} GiB; {config.num_seeds} seeds take {needed:.1f} GiB"
-        raise ValueError(f"--buffer-size is {config.buffer_size}; it takes {room}")
+        excess = f"{needed:.1f} GiB with --num-seeds {config.num_seeds}, more than {memory:.1f} GiB"
+        raise ValueError(f"--buffer-size is {config.buffer_size}; it takes {excess}")
 
 
 def make_programs(config: Config, train, mesh: Mesh):
-    """init(0, seeds) -> states and run_chunk(update, states) -> (states, metrics), of all seeds."""
+    """Jitted init(0, seeds) -> states, run_chunk(update, states) -> (states, metrics)."""
     check_memory(config, jax.eval_shape(train.init, jax.random.key(0)).replay)
-    # Chunks of about 65,536 steps, all of one size, so that one program runs them all.
-    most = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)
-    by_seed, on_all = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
+    # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
+    max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
+    chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
 
     def init(update, seed):
         return train.init(jax.random.key(seed))
@@ -1027,20 +1027,20 @@ def make_programs(config: Config, train, mesh: Mesh):
 
     def over_seeds(function, out_shardings, **options):
         def on_device(update, inputs):
-            # The update number is not batched, so that evaluation stays a branch.
-            of_seed = functools.partial(function, update)
-            on_cpu = jax.default_backend() == "cpu"  # where a batch of small matrices is slower
-            return jax.lax.map(of_seed, inputs) if on_cpu else jax.vmap(of_seed)(inputs)
+            # The update number is unbatched, so that evaluation stays a branch.
+            one_seed = functools.partial(function, update)
+            on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
+            return jax.lax.map(one_seed, inputs) if on_cpu else jax.vmap(one_seed)(inputs)
 
-        specs = {"in_specs": (on_all.spec, by_seed.spec), "out_specs": by_seed.spec}
+        specs = {"in_specs": (replicated.spec, sharded.spec), "out_specs": sharded.spec}
         on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
         return jax.jit(on_devices, out_shardings=out_shardings, **options)
 
-    return over_seeds(init, by_seed), over_seeds(run_chunk, (by_seed, on_all), donate_argnums=1)
+    return over_seeds(init, sharded), over_seeds(run_chunk, (sharded, replicated), donate_argnums=1)
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of the run: the one to resume, or a new name that all hosts agree on."""
+    """The run folder: the one to resume, or a new name, the same on every host."""
     if config.resume is not None:
         return Path(config.resume)
     milliseconds = np.array(divmod(time.time_ns() // 10**6, 10**6), np.int32)
@@ -1050,17 +1050,17 @@ def run_folder(config: Config) -> Path:
 
 
 def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
-    """The states after an update and the seconds spent on them; fails if they cannot be read."""
+    """Loads the states after an update and the seconds spent so far; fails if unreadable."""
     args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
     try:
         saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
-    except Exception as error:  # orbax raises Exception itself where an array is damaged
+    except Exception as error:  # orbax raises a bare Exception for a damaged array
         fail(f"--resume: {checkpoints.directory} cannot be read: {str(error)[:200]}")
     return saved.states, saved.seconds
 
 
 def start_wandb(config: Config, run_dir: Path) -> list:
-    """A Weights & Biases run for each seed, in a group; above 16 seeds, one for their mean."""
+    """One Weights & Biases run per seed, in a group; above 16 seeds, one for their mean."""
     if config.wandb_mode == "disabled":
         return []
     import wandb  # not at the top: it takes seconds
@@ -1073,7 +1073,7 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
     try:
         runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
-    except Exception as error:  # those of wandb's own service are no wandb.Error
+    except Exception as error:  # errors of wandb's service are not wandb.Error
         if config.resume is None:
             shutil.rmtree(run_dir)
         raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
@@ -1088,15 +1088,15 @@ def is_nan(config: Config, metrics: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class Recorder:
-    """What the first host writes and tells while a run goes on."""
+    """Records a run in metrics.csv, the progress bar and wandb; only the first host has one."""
 
     def __init__(self, config: Config, run_dir: Path, columns: list[str], update: int):
-        """Goes on after an update. Raises ValueError if metrics.csv lacks rows up to it."""
+        """Starts after the given update. Raises ValueError if metrics.csv lacks rows up to it."""
         self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
         header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
         lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
         if lines[:1] != [header] or len(lines) < num_lines:
-            raise ValueError(f"{self.csv} lacks rows or has other columns than {header}")
+            raise ValueError(f"{self.csv} lacks rows or its columns are not {header}")
         if update:
             os.truncate(self.csv, len("".join(lines[:num_lines])))
             (run_dir / "metadata.json").unlink(missing_ok=True)
@@ -1108,10 +1108,10 @@ class Recorder:
         update_steps = config.steps_per_update * config.num_seeds
         total, initial = config.num_updates * update_steps, update * update_steps
         self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)
-        self.told_at = time.monotonic()
+        self.printed_at = time.monotonic()
 
     def record(self, update: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics [num_seeds, chunk_size] of the updates after the given one."""
+        """Records metrics [num_seeds, chunk_size] of the updates after the given one."""
         metrics = jax.device_get(metrics)
         seeds = self.config.seed + np.arange(self.config.num_seeds)
         metrics["seed"] = np.broadcast_to(seeds[:, None], metrics["global_step"].shape)
@@ -1129,17 +1129,17 @@ class Recorder:
         mean_return = f"return {rows['charts/episodic_return'].mean():.1f}"
         self.bar.set_postfix_str(mean_return, refresh=False)
         self.bar.update(len(rows) * self.config.steps_per_update)
-        # Where no terminal shows the bar, a line for the log.
-        if self.bar.disable and time.monotonic() - self.told_at >= 30:
-            self.told_at = time.monotonic()
+        # Without a terminal there is no bar: print a line every half minute.
+        if self.bar.disable and time.monotonic() - self.printed_at >= 30:
+            self.printed_at = time.monotonic()
             update += metrics["seed"].shape[1]
             say(f"update {update} of {self.config.num_updates}, {mean_return}")
 
     def log(self) -> None:
-        """Sends to wandb what a checkpoint covers, so that a resumed run sends nothing twice."""
+        """Sends wandb only what a checkpoint covers, so that a resumed run sends nothing twice."""
         for chunk in self.unlogged if self.wandb_runs else []:
             for step, rows in chunk.drop(columns="seed").groupby("global_step"):
-                if len(self.wandb_runs) < len(rows):  # the mean, and the deviation of what varies
+                if len(self.wandb_runs) < len(rows):  # mean, and deviation where seeds differ
                     stds = rows.loc[:, rows.nunique() > 1].std().add_suffix("_std")
                     rows = pd.concat([rows.mean(), stds]).to_frame().T
                 for run, (_, row) in zip(self.wandb_runs, rows.iterrows(), strict=True):
@@ -1154,7 +1154,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def caught_signals(message: str):
-    """A list that Ctrl-C and SIGTERM go into: the first prints message, the second interrupts."""
+    """Collects Ctrl-C and SIGTERM in a list: the first prints message, the second interrupts."""
     received = []
 
     def handle(number, frame):
@@ -1163,54 +1163,54 @@ def caught_signals(message: str):
             raise KeyboardInterrupt
         say(message)
 
-    # Python takes handlers in the main thread alone; a sweep agent of wandb calls main in another.
+    # Only the main thread may set handlers; wandb's sweep agent calls main in another thread.
     in_main_thread = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def plot_returns(config: Config, run_dir: Path) -> str:
-    """Plots the returns in metrics.csv over all seeds; tells the last ones in words."""
+    """Plots the returns in metrics.csv over all seeds; returns a summary of the last ones."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     table = pd.read_csv(run_dir / "metrics.csv")
-    several = config.num_seeds > 1
+    many_seeds = config.num_seeds > 1
     title = f"{SCRIPT.stem}, {config.env_id}"
-    title += f", {config.num_seeds} seeds: mean, lowest to highest" if several else ""
+    title += f", {config.num_seeds} seeds: mean and range" if many_seeds else ""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps per seed", ylabel="return", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    words = []
+    summary = []
     for kind, label in (("charts", "while exploring"), ("eval", "greedy")):
         name = f"{kind}/episodic_return"
         measured = table.dropna(subset=name) if name in table else table[:0]
         if measured.empty:
             continue
-        # Means of each seed over a two-hundredth of the run, so that long runs stay readable.
+        # Average each seed over 200 bins of steps, so that long runs stay readable.
         last_step = table["global_step"].iloc[-1]
         bins = measured["global_step"] * 200 // last_step
-        by_bin = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
-        steps, returns = by_bin["global_step"].mean(), by_bin[name]
+        binned = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
+        steps, returns = binned["global_step"].mean(), binned[name]
         axes.plot(steps, returns.mean(), "o-" if len(steps) <= 30 else "-", label=label)
         axes.fill_between(steps, returns.min(), returns.max(), alpha=0.2)
         axes.legend()
-        # The last evaluation, or the mean over the last tenth of training, as far as measured.
+        # The last evaluation, or the mean over the last tenth of training up to the last return.
         since = measured["global_step"].iloc[-1] * (1 if kind == "eval" else 0.9)
-        by_seed = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
-        spread = f" (seeds {by_seed.min():.1f} to {by_seed.max():.1f})" if several else ""
-        words.append(f"{label} {by_seed.mean():.1f}{spread}")
+        seed_means = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
+        spread = f" (seeds {seed_means.min():.1f} to {seed_means.max():.1f})" if many_seeds else ""
+        summary.append(f"{label} {seed_means.mean():.1f}{spread}")
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
-    return f"return {', '.join(words)}" if words else "no episode has ended"
+    return f"return {', '.join(summary)}" if summary else "no episode has ended"
 
 
 def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
-    """Writes the parameters, the curve and the metadata, and tells how the run went."""
+    """Writes parameters, learning curve and metadata, and prints a summary of the run."""
     (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
     print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
@@ -1218,27 +1218,27 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "numpy")
     metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
-    times = "{run_seconds:.1f} s, after {compile_seconds:.1f} s of compiling".format(**metadata)
+    times = "{run_seconds:.1f} s plus {compile_seconds:.1f} s of compilation".format(**metadata)
     print(f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, {times}")
-    print(f"in {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    print(f"{run_dir} contains {', '.join(sorted(os.listdir(run_dir)))}")
 
 
 def main(config: Config) -> Path:
-    """Trains all seeds, a chunk of updates at a time; returns the folder of the run."""
+    """Trains all seeds, a chunk of updates at a time; returns the run folder."""
     is_new = config.resume is None
-    done = 0 if is_new else last_checkpoint(config.resume)
-    if done == config.num_updates and Path(config.resume, "metadata.json").exists():
-        print(f"{config.resume} is finished: it has all of its {done} updates")
+    update = 0 if is_new else last_checkpoint(config.resume)
+    if update == config.num_updates and Path(config.resume, "metadata.json").exists():
+        print(f"{config.resume} is finished: all {update} updates are done")
         return Path(config.resume)
     seeds = config.seed + np.arange(config.num_seeds)
     seconds = {"compile_seconds": 0.0, "run_seconds": 0.0}
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax would log what fail says in a line
-    try:  # before compiling, all that can fail for a reason outside of this script
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # fail reports orbax's errors instead
+    try:  # before compilation, everything that can fail for outside reasons
         mesh = start_devices(config)
         run_dir = run_folder(config)
         device = f"{mesh.size} x {jax.devices()[0].device_kind}"
         title = f"{config.env_id}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {device}"
-        since = f", from update {done}" if done else ""
+        since = f", from update {update}" if update else ""
         say(f"{SCRIPT.stem}: {title}, in {run_dir}{since}; compiling takes seconds to a minute")
         train = make_train(config)
         started = time.monotonic()
@@ -1248,9 +1248,9 @@ def main(config: Config) -> Path:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
         if not is_new:
-            states, seconds = restore(checkpoints, done, shapes)
+            states, seconds = restore(checkpoints, update, shapes)
         columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
-        recorder = Recorder(config, run_dir, columns, done) if is_first_host else None
+        recorder = Recorder(config, run_dir, columns, update) if is_first_host else None
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
     if is_new:
@@ -1259,46 +1259,46 @@ def main(config: Config) -> Path:
     saved_at = time.monotonic()
     seconds["compile_seconds"] += saved_at - started
     if recorder:
-        recorder.bar.unpause()  # which counts from now on
+        recorder.bar.unpause()  # exclude compilation from its speed
 
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
     pending, stopping = [], False
     try:
-        stops = f"stopping after this chunk of updates, a second time at once; {to_resume}"
-        with caught_signals(stops) as signals:
-            while done < config.num_updates and not stopping:
-                states, metrics = run_chunk(np.int32(done), states)
-                while recorder and pending:  # the chunk before is recorded while this one runs
+        message = f"stopping after this chunk of updates (Ctrl-C again stops at once); {to_resume}"
+        with caught_signals(message) as signals:
+            while update < config.num_updates and not stopping:
+                states, metrics = run_chunk(np.int32(update), states)
+                while recorder and pending:  # record the previous chunk while this one runs
                     recorder.record(*pending.pop())
-                pending.append((done, metrics))
-                done += metrics["global_step"].shape[1]
-                # Waiting for a thread Python sees signals, waiting for JAX it does not.
+                pending.append((update, metrics))
+                update += metrics["global_step"].shape[1]
+                # Python handles signals while it joins a thread, but not while it waits for JAX.
                 chunk = threading.Thread(target=jax.block_until_ready, args=[metrics], daemon=True)
                 chunk.start()
                 chunk.join()
                 is_due = time.monotonic() - saved_at >= config.checkpoint_interval
                 flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
                 stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
-                if stopping or is_due or done == config.num_updates:
+                if stopping or is_due or update == config.num_updates:
                     if recorder:
                         recorder.record(*pending.pop())
                     seconds["run_seconds"] += time.monotonic() - saved_at
                     saved_at = time.monotonic()
                     save = {"states": ocp.args.StandardSave(states)}
                     save |= {"seconds": ocp.args.JsonSave(seconds)}
-                    checkpoints.save(done, args=ocp.args.Composite(**save))
+                    checkpoints.save(update, args=ocp.args.Composite(**save))
                     if recorder:
                         recorder.log()
     except KeyboardInterrupt:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
-    except (OSError, ValueError) as error:  # a full disk
+    except (OSError, ValueError) as error:  # such as a full disk
         fail(f"{error}; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
     params = multihost_utils.process_allgather(states.params, tiled=True)
     if recorder:
         recorder.close()
-        save_results(config, run_dir, params, seconds | {"updates": done, "device": device})
-    if done < config.num_updates:
+        save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
+    if update < config.num_updates:
         say(to_resume)
     return run_dir
 
@@ -1307,4 +1307,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
     except KeyboardInterrupt:
-        os._exit(130)  # at once: an ordinary exit waits for the chunk that runs
+        os._exit(130)  # an ordinary exit would wait for the running chunk

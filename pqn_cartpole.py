@@ -1,9 +1,9 @@
 """PQN with lambda-returns, on any gymnax environment with Box observations and Discrete actions.
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
-arXiv 2407.04811. Unlike DQN it has no replay buffer and no target network: layer normalisation
-keeps Q-learning stable, many parallel environments decorrelate its data, and each rollout is used
-for a few epochs on its lambda-returns and then dropped.
+arXiv 2407.04811. Unlike DQN, it has no replay buffer and no target network: layer normalisation
+keeps Q-learning stable, many parallel environments decorrelate the data, and each rollout is used
+for a few epochs, with its lambda-returns as targets, and then dropped.
 
     python pqn_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
 
@@ -57,63 +57,63 @@ class Config:
     """The defaults are the paper's for CartPole-v1."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 500_000
-    """Environment steps per seed, over all its environments; rounded down to whole updates."""
+    """Total environment steps per seed, over all environments; rounded down to whole updates."""
 
     env_id: str = "CartPole-v1"
-    """gymnax environment; its observations are flattened."""
+    """gymnax environment id; observations are flattened."""
     num_envs: int = 32
     """Parallel environments per seed."""
     num_steps: int = 64
-    """Steps of each environment in a rollout."""
+    """Steps per environment in a rollout."""
 
     learning_rate: float = 1e-4
-    """Step size of RAdam."""
+    """Learning rate of RAdam."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float = 0.95
-    """Lambda of the returns: 0 for one-step targets, 1 for Monte Carlo."""
+    """Lambda of the lambda-returns: 0 for one-step targets, 1 for Monte Carlo."""
     epsilon_start: float = 1.0
     """Initial exploration rate."""
     epsilon_finish: float = 0.2
     """Final exploration rate."""
     epsilon_decay: float = 0.2
-    """Fraction of the run in which epsilon falls linearly."""
+    """Fraction of the run over which the exploration rate decays linearly."""
     num_epochs: int = 4
-    """Passes over a rollout."""
+    """Passes over each rollout."""
     num_minibatches: int = 16
-    """Gradient steps in a pass; divides num_envs * num_steps."""
+    """Minibatches per pass; must divide num_envs * num_steps."""
     max_grad_norm: float = 10.0
-    """Global norm that gradients are clipped to."""
+    """Maximum global norm of the gradients."""
     reward_scale: float = 0.1
     """Scale of training rewards; reported returns are unscaled."""
     norm: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"
     """Normalisation after every hidden layer."""
     hidden_size: int = 256
-    """Units of a hidden layer."""
+    """Units per hidden layer."""
     num_layers: int = 2
-    """Hidden layers."""
+    """Number of hidden layers."""
     bootstrap_on_truncation: bool = True
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int = 12
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pqn"
@@ -129,7 +129,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -146,12 +146,12 @@ class Config:
             minibatches = f"--num-minibatches is {self.num_minibatches}"
             raise ValueError(f"{minibatches}; it must divide {rollout}")
         if self.norm == "batch_norm" and self.batch_size == self.num_minibatches:
-            raise ValueError("--norm batch_norm takes minibatches of more than one transition")
+            raise ValueError("--norm batch_norm needs more than one transition per minibatch")
         if self.num_updates == 0:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps num_epochs num_minibatches"),
     (1, 2**31 - 1, "hidden_size num_layers eval_episodes"),
@@ -187,21 +187,21 @@ class QNetwork(nn.Module):
 
 
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
+    """Greedy actions [...] for q_values [..., num_actions], uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
     uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
-    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
+    # One draw decides both: given uniform < epsilon, uniform / epsilon is uniform in [0, 1).
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
     return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
-    """Q(lambda) targets G of a rollout (PQN, section 4), with terminated and truncated kept apart.
+    """Q(lambda) targets G of a rollout (PQN, section 4), with separate terminated and truncated.
 
         G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
         l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
 
-    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q of where step t led, before a reset.
+    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q after step t, before any reset.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
 
@@ -219,9 +219,9 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 
 
 def make_env(env_id: str):
-    """The gymnax environment, flattened and logging its episodes, and its parameters.
+    """The gymnax environment with flattened observations and an episode log, and its parameters.
 
-    Raises ValueError for an unknown id, and unless observations are Box and actions Discrete.
+    Raises ValueError for an unknown id, or unless observations are Box and actions Discrete.
     """
     import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
     from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
@@ -234,7 +234,7 @@ def make_env(env_id: str):
         type(space).__name__ for space in (env.observation_space(params), env.action_space(params))
     ]
     if spaces != ["Box", "Discrete"]:
-        takes = "it takes one with ['Box', 'Discrete']"
+        takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
     return LogWrapper(FlattenObservationWrapper(env)), params
 
@@ -245,24 +245,24 @@ def make_env(env_id: str):
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
-    variables: Any  # flax's: params and, for batch norm, batch_stats
+    variables: Any  # flax variables: params and, for batch norm, batch_stats
     opt_state: Any
     env_state: Any
     obs: jax.Array  # [num_envs, obs_dim]
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
-    params = property(lambda self: self.variables, doc="What a trained agent needs.")
+    params = property(lambda self: self.variables, doc="The variables of a trained agent.")
 
 
 class Transition(NamedTuple):
-    """One step of all environments; a rollout stacks num_steps of them in front."""
+    """One step of all environments; a rollout adds a leading axis of num_steps."""
 
     obs: jax.Array
     action: jax.Array
     value: jax.Array  # max_a Q(obs, a)
     reward: jax.Array
-    next_obs: jax.Array  # where the step led, before any reset
+    next_obs: jax.Array  # after the step, before any reset
     terminated: jax.Array
     truncated: jax.Array
     info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
@@ -271,23 +271,23 @@ class Transition(NamedTuple):
 def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config.env_id)
     if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        raise ValueError(f"{config.env_id} has no max_steps_in_episode; --eval-interval takes 0")
+        raise ValueError(f"{config.env_id} has no max_steps_in_episode; set --eval-interval 0")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
 
     def learning_rate(number, step):
-        """Of a gradient step of an update; annealed, it stays at zero past the end of the run."""
+        """The rate at a gradient step of an update; if annealed, it stays zero after the run."""
         progress = (number + step / config.num_gradient_steps) / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
@@ -324,21 +324,21 @@ def make_train(config: Config):
         def value_of(obs):
             return network.apply(state.variables, obs).max(-1)
 
-        def look_up_few():
+        def bootstrap_few():
             size, fill_value = config.num_envs, config.batch_size
             (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=size, fill_value=fill_value)
             next_obs = rollout.next_obs.reshape(config.batch_size, *rollout.obs.shape[2:])
-            values = following.ravel().at[cut].set(value_of(next_obs[cut]), mode="drop")
-            return values.reshape(following.shape)
+            values = shifted.ravel().at[cut].set(value_of(next_obs[cut]), mode="drop")
+            return values.reshape(shifted.shape)
 
-        def look_up_all():
-            return jnp.where(rollout.truncated, value_of(rollout.next_obs), following)
+        def bootstrap_all():
+            return jnp.where(rollout.truncated, value_of(rollout.next_obs), shifted)
 
-        # The value of where step t led is value[t + 1], except in the last row, and after a time
-        # limit, where the next row begins another episode. There the network sees next_obs.
-        following = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
+        # The value after step t is value[t + 1], except in the last row and at a time limit, where
+        # the next row starts a new episode: there, the network evaluates next_obs.
+        shifted = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
         are_few = rollout.truncated.sum() <= config.num_envs
-        next_values = jax.lax.cond(are_few, look_up_few, look_up_all)
+        next_values = jax.lax.cond(are_few, bootstrap_few, bootstrap_all)
         terminated, truncated = rollout.terminated, rollout.truncated
         if not config.bootstrap_on_truncation:
             terminated |= truncated
@@ -369,7 +369,7 @@ def make_train(config: Config):
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
-        # What sorts random bits is a random permutation: one sort shuffles for all epochs.
+        # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
@@ -380,7 +380,7 @@ def make_train(config: Config):
         return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from a reset to its end."""
+        """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
         def unfinished(carry):
             t, *_, finished = carry
@@ -440,24 +440,24 @@ def make_train(config: Config):
 # --- Running it: not needed to copy the algorithm -------------------------------------------------
 
 SCRIPT = Path(__file__)
-# Flags that do not change the results: --resume takes new values of them.
+# Flags that may change on --resume, as they do not affect the results.
 FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line and exit code 2."""
+    """Exits with code 2 and one line on stderr."""
     print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 def say(message: str) -> None:
-    """Print a line above the progress bar; of several hosts, only the first does."""
+    """Prints a line above the progress bar, on the first host only."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)
 
 
 def parse_args(args: list[str]) -> Config:
-    """Flags as tyro takes them, and 1e6 for an integer, --flag=False for --no-flag."""
+    """Parses flags with tyro; also accepts 1e6 for integers and --flag=False for --no-flag."""
     number, boolean = r"^(--[\w-]+=|)(\d+(\.\d+)?[eE]\+?\d+)$", r"^--([\w-]+)=(?i:(true)|false)$"
     args = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
     args = [re.sub(boolean, lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", arg) for arg in args]
@@ -467,41 +467,41 @@ def parse_args(args: list[str]) -> Config:
         config = tyro.cli(Config, args=args, description=__doc__, default=saved)
         for name, old in vars(saved).items():
             if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
-                fail(f"--{name.replace('_', '-')} is {new}; a resumed run keeps its own, {old}")
+                fail(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
     return config
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The configuration of a run of this script, to resume it; fails for any other folder."""
+    """Loads the Config of a run to resume; fails unless the run is one of this script."""
     try:
         flags = json.loads(Path(run_dir, "config.json").read_text())
         script = flags.pop("script")
         if script == SCRIPT.stem:
             return Config(**flags | {"resume": str(run_dir)})
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"--resume is {run_dir}; it takes the folder of a run: {error!r}")
+        fail(f"--resume is {run_dir}; it takes a run folder: {error!r}")
     fail(f"--resume is {run_dir}, a run of {script}.py")
 
 
 def last_checkpoint(run_dir: str) -> int:
-    """The update of the last checkpoint of a run; fails if it has none."""
+    """The update number of a run's last checkpoint; fails if there is none."""
     folder = Path(run_dir, "checkpoints")
     updates = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
     return max(updates) if updates else fail(f"--resume is {run_dir}; it has no checkpoint yet")
 
 
 def start_devices(config: Config) -> Mesh:
-    """The devices that the seeds are spread over, equally many on each host.
+    """The device mesh for the seeds, with the same number of devices on every host.
 
-    A CPU is divided into devices: the fewest that keep all cores busy, with one thread (NPROC) each
-    where batches are small.
+    A CPU is split into as few devices as keep all cores busy; with small batches, each device uses
+    one thread (NPROC).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
     threads = cores // num_devices if config.batch_size >= 4096 else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
-    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX has already started: use its devices
         jax.config.update("jax_num_cpu_devices", num_devices)
     try:
         if config.distributed and not jax.distributed.is_initialized():
@@ -512,17 +512,17 @@ def start_devices(config: Config) -> Mesh:
     hosts, local = jax.process_count(), jax.local_device_count()
     per_host = [n for n in range(1, local + 1) if config.num_seeds % (n * hosts) == 0]
     if not per_host:
-        raise ValueError(f"--num-seeds is {config.num_seeds}; it takes a multiple of {hosts} hosts")
+        raise ValueError(f"--num-seeds is {config.num_seeds}, not a multiple of the {hosts} hosts")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.reshape(devices, (hosts, local))[:, : per_host[-1]].ravel(), ("seeds",))
 
 
 def make_programs(config: Config, train, mesh: Mesh):
-    """init(0, seeds) -> states and run_chunk(update, states) -> (states, metrics), of all seeds."""
-    # Chunks of about 65,536 steps, all of one size, so that one program runs them all.
-    most = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)
-    by_seed, on_all = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
+    """Jitted init(0, seeds) -> states, run_chunk(update, states) -> (states, metrics)."""
+    # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
+    max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
+    chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
 
     def init(update, seed):
         return train.init(jax.random.key(seed))
@@ -532,20 +532,20 @@ def make_programs(config: Config, train, mesh: Mesh):
 
     def over_seeds(function, out_shardings, **options):
         def on_device(update, inputs):
-            # The update number is not batched, so that evaluation stays a branch.
-            of_seed = functools.partial(function, update)
-            on_cpu = jax.default_backend() == "cpu"  # where a batch of small matrices is slower
-            return jax.lax.map(of_seed, inputs) if on_cpu else jax.vmap(of_seed)(inputs)
+            # The update number is unbatched, so that evaluation stays a branch.
+            one_seed = functools.partial(function, update)
+            on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
+            return jax.lax.map(one_seed, inputs) if on_cpu else jax.vmap(one_seed)(inputs)
 
-        specs = {"in_specs": (on_all.spec, by_seed.spec), "out_specs": by_seed.spec}
+        specs = {"in_specs": (replicated.spec, sharded.spec), "out_specs": sharded.spec}
         on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
         return jax.jit(on_devices, out_shardings=out_shardings, **options)
 
-    return over_seeds(init, by_seed), over_seeds(run_chunk, (by_seed, on_all), donate_argnums=1)
+    return over_seeds(init, sharded), over_seeds(run_chunk, (sharded, replicated), donate_argnums=1)
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of the run: the one to resume, or a new name that all hosts agree on."""
+    """The run folder: the one to resume, or a new name, the same on every host."""
     if config.resume is not None:
         return Path(config.resume)
     milliseconds = np.array(divmod(time.time_ns() // 10**6, 10**6), np.int32)
@@ -555,17 +555,17 @@ def run_folder(config: Config) -> Path:
 
 
 def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
-    """The states after an update and the seconds spent on them; fails if they cannot be read."""
+    """Loads the states after an update and the seconds spent so far; fails if unreadable."""
     args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
     try:
         saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
-    except Exception as error:  # orbax raises Exception itself where an array is damaged
+    except Exception as error:  # orbax raises a bare Exception for a damaged array
         fail(f"--resume: {checkpoints.directory} cannot be read: {str(error)[:200]}")
     return saved.states, saved.seconds
 
 
 def start_wandb(config: Config, run_dir: Path) -> list:
-    """A Weights & Biases run for each seed, in a group; above 16 seeds, one for their mean."""
+    """One Weights & Biases run per seed, in a group; above 16 seeds, one for their mean."""
     if config.wandb_mode == "disabled":
         return []
     import wandb  # not at the top: it takes seconds
@@ -578,7 +578,7 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
     try:
         runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
-    except Exception as error:  # those of wandb's own service are no wandb.Error
+    except Exception as error:  # errors of wandb's service are not wandb.Error
         if config.resume is None:
             shutil.rmtree(run_dir)
         raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
@@ -593,15 +593,15 @@ def is_nan(config: Config, metrics: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class Recorder:
-    """What the first host writes and tells while a run goes on."""
+    """Records a run in metrics.csv, the progress bar and wandb; only the first host has one."""
 
     def __init__(self, config: Config, run_dir: Path, columns: list[str], update: int):
-        """Goes on after an update. Raises ValueError if metrics.csv lacks rows up to it."""
+        """Starts after the given update. Raises ValueError if metrics.csv lacks rows up to it."""
         self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
         header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
         lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
         if lines[:1] != [header] or len(lines) < num_lines:
-            raise ValueError(f"{self.csv} lacks rows or has other columns than {header}")
+            raise ValueError(f"{self.csv} lacks rows or its columns are not {header}")
         if update:
             os.truncate(self.csv, len("".join(lines[:num_lines])))
             (run_dir / "metadata.json").unlink(missing_ok=True)
@@ -613,10 +613,10 @@ class Recorder:
         update_steps = config.steps_per_update * config.num_seeds
         total, initial = config.num_updates * update_steps, update * update_steps
         self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)
-        self.told_at = time.monotonic()
+        self.printed_at = time.monotonic()
 
     def record(self, update: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics [num_seeds, chunk_size] of the updates after the given one."""
+        """Records metrics [num_seeds, chunk_size] of the updates after the given one."""
         metrics = jax.device_get(metrics)
         seeds = self.config.seed + np.arange(self.config.num_seeds)
         metrics["seed"] = np.broadcast_to(seeds[:, None], metrics["global_step"].shape)
@@ -634,17 +634,17 @@ class Recorder:
         mean_return = f"return {rows['charts/episodic_return'].mean():.1f}"
         self.bar.set_postfix_str(mean_return, refresh=False)
         self.bar.update(len(rows) * self.config.steps_per_update)
-        # Where no terminal shows the bar, a line for the log.
-        if self.bar.disable and time.monotonic() - self.told_at >= 30:
-            self.told_at = time.monotonic()
+        # Without a terminal there is no bar: print a line every half minute.
+        if self.bar.disable and time.monotonic() - self.printed_at >= 30:
+            self.printed_at = time.monotonic()
             update += metrics["seed"].shape[1]
             say(f"update {update} of {self.config.num_updates}, {mean_return}")
 
     def log(self) -> None:
-        """Sends to wandb what a checkpoint covers, so that a resumed run sends nothing twice."""
+        """Sends wandb only what a checkpoint covers, so that a resumed run sends nothing twice."""
         for chunk in self.unlogged if self.wandb_runs else []:
             for step, rows in chunk.drop(columns="seed").groupby("global_step"):
-                if len(self.wandb_runs) < len(rows):  # the mean, and the deviation of what varies
+                if len(self.wandb_runs) < len(rows):  # mean, and deviation where seeds differ
                     stds = rows.loc[:, rows.nunique() > 1].std().add_suffix("_std")
                     rows = pd.concat([rows.mean(), stds]).to_frame().T
                 for run, (_, row) in zip(self.wandb_runs, rows.iterrows(), strict=True):
@@ -659,7 +659,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def caught_signals(message: str):
-    """A list that Ctrl-C and SIGTERM go into: the first prints message, the second interrupts."""
+    """Collects Ctrl-C and SIGTERM in a list: the first prints message, the second interrupts."""
     received = []
 
     def handle(number, frame):
@@ -668,54 +668,54 @@ def caught_signals(message: str):
             raise KeyboardInterrupt
         say(message)
 
-    # Python takes handlers in the main thread alone; a sweep agent of wandb calls main in another.
+    # Only the main thread may set handlers; wandb's sweep agent calls main in another thread.
     in_main_thread = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def plot_returns(config: Config, run_dir: Path) -> str:
-    """Plots the returns in metrics.csv over all seeds; tells the last ones in words."""
+    """Plots the returns in metrics.csv over all seeds; returns a summary of the last ones."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     table = pd.read_csv(run_dir / "metrics.csv")
-    several = config.num_seeds > 1
+    many_seeds = config.num_seeds > 1
     title = f"{SCRIPT.stem}, {config.env_id}"
-    title += f", {config.num_seeds} seeds: mean, lowest to highest" if several else ""
+    title += f", {config.num_seeds} seeds: mean and range" if many_seeds else ""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps per seed", ylabel="return", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    words = []
+    summary = []
     for kind, label in (("charts", "while exploring"), ("eval", "greedy")):
         name = f"{kind}/episodic_return"
         measured = table.dropna(subset=name) if name in table else table[:0]
         if measured.empty:
             continue
-        # Means of each seed over a two-hundredth of the run, so that long runs stay readable.
+        # Average each seed over 200 bins of steps, so that long runs stay readable.
         last_step = table["global_step"].iloc[-1]
         bins = measured["global_step"] * 200 // last_step
-        by_bin = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
-        steps, returns = by_bin["global_step"].mean(), by_bin[name]
+        binned = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
+        steps, returns = binned["global_step"].mean(), binned[name]
         axes.plot(steps, returns.mean(), "o-" if len(steps) <= 30 else "-", label=label)
         axes.fill_between(steps, returns.min(), returns.max(), alpha=0.2)
         axes.legend()
-        # The last evaluation, or the mean over the last tenth of training, as far as measured.
+        # The last evaluation, or the mean over the last tenth of training up to the last return.
         since = measured["global_step"].iloc[-1] * (1 if kind == "eval" else 0.9)
-        by_seed = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
-        spread = f" (seeds {by_seed.min():.1f} to {by_seed.max():.1f})" if several else ""
-        words.append(f"{label} {by_seed.mean():.1f}{spread}")
+        seed_means = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
+        spread = f" (seeds {seed_means.min():.1f} to {seed_means.max():.1f})" if many_seeds else ""
+        summary.append(f"{label} {seed_means.mean():.1f}{spread}")
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
-    return f"return {', '.join(words)}" if words else "no episode has ended"
+    return f"return {', '.join(summary)}" if summary else "no episode has ended"
 
 
 def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
-    """Writes the parameters, the curve and the metadata, and tells how the run went."""
+    """Writes parameters, learning curve and metadata, and prints a summary of the run."""
     (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
     print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
@@ -723,27 +723,27 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "numpy")
     metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
-    times = "{run_seconds:.1f} s, after {compile_seconds:.1f} s of compiling".format(**metadata)
+    times = "{run_seconds:.1f} s plus {compile_seconds:.1f} s of compilation".format(**metadata)
     print(f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, {times}")
-    print(f"in {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    print(f"{run_dir} contains {', '.join(sorted(os.listdir(run_dir)))}")
 
 
 def main(config: Config) -> Path:
-    """Trains all seeds, a chunk of updates at a time; returns the folder of the run."""
+    """Trains all seeds, a chunk of updates at a time; returns the run folder."""
     is_new = config.resume is None
-    done = 0 if is_new else last_checkpoint(config.resume)
-    if done == config.num_updates and Path(config.resume, "metadata.json").exists():
-        print(f"{config.resume} is finished: it has all of its {done} updates")
+    update = 0 if is_new else last_checkpoint(config.resume)
+    if update == config.num_updates and Path(config.resume, "metadata.json").exists():
+        print(f"{config.resume} is finished: all {update} updates are done")
         return Path(config.resume)
     seeds = config.seed + np.arange(config.num_seeds)
     seconds = {"compile_seconds": 0.0, "run_seconds": 0.0}
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax would log what fail says in a line
-    try:  # before compiling, all that can fail for a reason outside of this script
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # fail reports orbax's errors instead
+    try:  # before compilation, everything that can fail for outside reasons
         mesh = start_devices(config)
         run_dir = run_folder(config)
         device = f"{mesh.size} x {jax.devices()[0].device_kind}"
         title = f"{config.env_id}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {device}"
-        since = f", from update {done}" if done else ""
+        since = f", from update {update}" if update else ""
         say(f"{SCRIPT.stem}: {title}, in {run_dir}{since}; compiling takes seconds to a minute")
         train = make_train(config)
         started = time.monotonic()
@@ -753,9 +753,9 @@ def main(config: Config) -> Path:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
         if not is_new:
-            states, seconds = restore(checkpoints, done, shapes)
+            states, seconds = restore(checkpoints, update, shapes)
         columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
-        recorder = Recorder(config, run_dir, columns, done) if is_first_host else None
+        recorder = Recorder(config, run_dir, columns, update) if is_first_host else None
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
     if is_new:
@@ -764,46 +764,46 @@ def main(config: Config) -> Path:
     saved_at = time.monotonic()
     seconds["compile_seconds"] += saved_at - started
     if recorder:
-        recorder.bar.unpause()  # which counts from now on
+        recorder.bar.unpause()  # exclude compilation from its speed
 
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
     pending, stopping = [], False
     try:
-        stops = f"stopping after this chunk of updates, a second time at once; {to_resume}"
-        with caught_signals(stops) as signals:
-            while done < config.num_updates and not stopping:
-                states, metrics = run_chunk(np.int32(done), states)
-                while recorder and pending:  # the chunk before is recorded while this one runs
+        message = f"stopping after this chunk of updates (Ctrl-C again stops at once); {to_resume}"
+        with caught_signals(message) as signals:
+            while update < config.num_updates and not stopping:
+                states, metrics = run_chunk(np.int32(update), states)
+                while recorder and pending:  # record the previous chunk while this one runs
                     recorder.record(*pending.pop())
-                pending.append((done, metrics))
-                done += metrics["global_step"].shape[1]
-                # Waiting for a thread Python sees signals, waiting for JAX it does not.
+                pending.append((update, metrics))
+                update += metrics["global_step"].shape[1]
+                # Python handles signals while it joins a thread, but not while it waits for JAX.
                 chunk = threading.Thread(target=jax.block_until_ready, args=[metrics], daemon=True)
                 chunk.start()
                 chunk.join()
                 is_due = time.monotonic() - saved_at >= config.checkpoint_interval
                 flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
                 stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
-                if stopping or is_due or done == config.num_updates:
+                if stopping or is_due or update == config.num_updates:
                     if recorder:
                         recorder.record(*pending.pop())
                     seconds["run_seconds"] += time.monotonic() - saved_at
                     saved_at = time.monotonic()
                     save = {"states": ocp.args.StandardSave(states)}
                     save |= {"seconds": ocp.args.JsonSave(seconds)}
-                    checkpoints.save(done, args=ocp.args.Composite(**save))
+                    checkpoints.save(update, args=ocp.args.Composite(**save))
                     if recorder:
                         recorder.log()
     except KeyboardInterrupt:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
-    except (OSError, ValueError) as error:  # a full disk
+    except (OSError, ValueError) as error:  # such as a full disk
         fail(f"{error}; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
     params = multihost_utils.process_allgather(states.params, tiled=True)
     if recorder:
         recorder.close()
-        save_results(config, run_dir, params, seconds | {"updates": done, "device": device})
-    if done < config.num_updates:
+        save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
+    if update < config.num_updates:
         say(to_resume)
     return run_dir
 
@@ -812,4 +812,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
     except KeyboardInterrupt:
-        os._exit(130)  # at once: an ordinary exit waits for the chunk that runs
+        os._exit(130)  # an ordinary exit would wait for the running chunk

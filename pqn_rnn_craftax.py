@@ -1,8 +1,8 @@
-"""PQN with an LSTM and lambda-returns, on Craftax, and on gymnax tasks that need memory.
+"""PQN with an LSTM and lambda-returns, on Craftax and on gymnax tasks that need memory.
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 arXiv 2407.04811; Craftax: Matthews et al., ICML 2024, arXiv 2402.16801. Unlike in pqn_cartpole.py,
-a minibatch is whole environments: the LSTM runs over the rollout from the hidden state stored at
+a minibatch holds whole environments: the LSTM runs over the rollout from the hidden state stored at
 its start, and targets are recomputed at every gradient step.
 
     python pqn_rnn_craftax.py --num-envs 1024       # trains, plots, saves; --help lists the flags
@@ -53,76 +53,76 @@ CRAFTAX = "Craftax-Symbolic-v1", "Craftax-Classic-Symbolic-v1"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's for Craftax-Symbolic-v1; a run of these takes hours on a GPU."""
+    """The defaults are the paper's for Craftax-Symbolic-v1; such a run takes hours on a GPU."""
 
     seed: int = 0
-    """First seed; run i has seed + i and does not depend on how many run beside it."""
+    """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
-    """Independent runs to train at once, spread over all devices."""
+    """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 1_000_000_000
-    """Environment steps per seed, over all its environments; rounded down to whole updates."""
+    """Total environment steps per seed, over all environments; rounded down to whole updates."""
 
     env_id: str = "Craftax-Symbolic-v1"
-    """Craftax-Symbolic-v1, Craftax-Classic-Symbolic-v1, or a gymnax environment, flattened."""
+    """Craftax-Symbolic-v1, Craftax-Classic-Symbolic-v1, or a gymnax id (flattened observations)."""
     env_params: tuple[str, ...] = ()
-    """Parameters of the environment to change, as memory_length=100 of MemoryChain-bsuite."""
+    """Environment parameters to override, such as memory_length=100 of MemoryChain-bsuite."""
     reset_ratio: int = 16
-    """Environments that share one fresh Craftax world if they end in one step; 1 for one each."""
+    """Environments per world that Craftax generates at a reset; 1 for no sharing of worlds."""
     num_envs: int = 1024
     """Parallel environments per seed."""
     num_steps: int = 128
-    """Steps of each environment in a rollout."""
+    """Steps per environment in a rollout."""
 
     learning_rate: float = 3e-4
-    """Step size of RAdam."""
+    """Learning rate of RAdam."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float = 0.5
-    """Lambda of the returns: 0 for one-step targets, 1 for Monte Carlo."""
+    """Lambda of the lambda-returns: 0 for one-step targets, 1 for Monte Carlo."""
     epsilon_start: float = 1.0
     """Initial exploration rate."""
     epsilon_finish: float = 0.005
     """Final exploration rate."""
     epsilon_decay: float = 0.1
-    """Fraction of the run in which epsilon falls linearly."""
+    """Fraction of the run over which the exploration rate decays linearly."""
     num_epochs: int = 4
-    """Passes over a rollout."""
+    """Passes over each rollout."""
     num_minibatches: int = 4
-    """Gradient steps in a pass, each on whole environments; divides num_envs."""
+    """Minibatches per pass, each of whole environments; must divide num_envs."""
     max_grad_norm: float = 0.5
-    """Global norm that gradients are clipped to."""
+    """Maximum global norm of the gradients."""
     reward_scale: float = 1.0
     """Scale of training rewards; reported returns are unscaled."""
     norm_input: bool = True
     """Batch renormalisation of the observations."""
     hidden_size: int = 512
-    """Units of a hidden layer and of the LSTM."""
+    """Units per hidden layer and of the LSTM."""
     num_layers: int = 1
-    """Hidden layers before the LSTM."""
+    """Number of hidden layers before the LSTM."""
     forget_bias: float = 0.0
-    """First bias of the forget gate: log(T) to remember about T steps (arXiv 1804.11188)."""
+    """Initial bias of the forget gate: log(T) to remember about T steps (arXiv 1804.11188)."""
     memory: bool = True
-    """Let the LSTM remember; if off, its state is cleared at every step."""
+    """Keep the state of the LSTM; if off, it is cleared at every step."""
     bootstrap_on_truncation: bool = True
     """Mask truncated steps from the loss; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int = 0
-    """Updates between two greedy evaluations (the last update always has one); 0 for none."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes of an evaluation, each in an environment of its own."""
+    """Episodes per evaluation, each in its own environment."""
     eval_steps: int = 10_000
     """Step limit of an evaluation; unfinished episodes count their return so far."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
     resume: str | None = None
-    """Run folder to resume from its last checkpoint, with its own flags."""
+    """Run folder to resume, from its last checkpoint and with its flags."""
     checkpoint_interval: float = 60.0
-    """Seconds between two checkpoints; 0 for one after every chunk of updates."""
+    """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Run on many hosts, as Slurm, Open MPI, Kubernetes or a TPU pod started them."""
+    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pqn"
@@ -138,7 +138,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for a value that cannot work; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -151,18 +151,18 @@ class Config:
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"{flag} is {value}; it takes a number from {low} to {high}")
         if self.num_envs % self.num_minibatches:
-            envs = f"--num-envs, {self.num_envs}"
+            envs = f"--num-envs {self.num_envs}"
             raise ValueError(f"--num-minibatches is {self.num_minibatches}; it must divide {envs}")
         if self.num_updates == 0:
             rollout = f"--num-envs {self.num_envs} * --num-steps {self.num_steps}"
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
 
 
-# From, to, and the fields that take a number between them.
+# Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_epochs num_minibatches"),
     (1, 2**31 - 1, "reset_ratio hidden_size num_layers eval_episodes eval_steps"),
-    (2, 2**31 - 1, "num_steps"),  # the last step is only bootstrapped from
+    (2, 2**31 - 1, "num_steps"),  # the last step only serves to bootstrap
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma td_lambda epsilon_start epsilon_finish epsilon_decay"),
     (0, math.inf, "reward_scale forget_bias checkpoint_interval"),
@@ -175,7 +175,7 @@ LIMITS = [
 class BatchRenorm(nn.Module):
     """Batch renormalisation over all but the last axis (Ioffe, 2017, arXiv 1702.03275).
 
-    In its first 1000 training steps it is batch normalisation, while the running statistics form.
+    It is batch normalisation for its first 1000 training steps, while running statistics warm up.
     """
 
     momentum: float = 0.999
@@ -212,10 +212,10 @@ class BatchRenorm(nn.Module):
 
 
 class LSTM(nn.Module):
-    """LSTM over time: x [T, B, F] and clear [T, B], from (c, h), each [B, size], to [T, B, size].
+    """LSTM over time: from (c, h), each [B, size], x [T, B, F] and clear [T, B] to [T, B, size].
 
-    Where clear, the state is zeroed before the step. The product with the inputs is one for all
-    steps; only that with the hidden state waits for the step before.
+    clear zeroes the state before a step. All inputs are multiplied by their weights at once; only
+    the product with the hidden state runs step by step.
     """
 
     size: int
@@ -223,13 +223,13 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(self, carry, x: jax.Array, clear: jax.Array):
-        def orthogonals(key, shape):  # one for each gate
+        def orthogonals(key, shape):  # one per gate
             init, square = nn.initializers.orthogonal(), (shape[0], shape[0])
             return jnp.hstack([init(key, square, jnp.float32) for key in jax.random.split(key, 4)])
 
         kernel = self.param("kernel", orthogonals, (self.size, 4 * self.size))
-        first_bias = jnp.array([0, self.forget_bias, 0, 0], jnp.float32).repeat(self.size)
-        gates = nn.Dense(4 * self.size, bias_init=lambda *_: first_bias)(x)
+        initial_bias = jnp.array([0, self.forget_bias, 0, 0], jnp.float32).repeat(self.size)
+        gates = nn.Dense(4 * self.size, bias_init=lambda *_: initial_bias)(x)
 
         def step(carry, inputs):
             gates, clear = inputs
@@ -245,7 +245,7 @@ class LSTM(nn.Module):
 class QNetwork(nn.Module):
     """Encoder, LSTM, output: obs [T, B, obs_dim], last_action, start [T, B] to [T, B, num_actions].
 
-    start tells where an episode begins, hidden is the state of the LSTM before the first step.
+    start marks the first step of an episode; hidden is the LSTM's state before the first step.
     """
 
     num_actions: int
@@ -269,21 +269,21 @@ class QNetwork(nn.Module):
 
 
 def epsilon_greedy(key: jax.Array, q_values: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """Actions [...] of q_values [..., num_actions]: uniform with probability epsilon."""
+    """Greedy actions [...] for q_values [..., num_actions], uniform with probability epsilon."""
     num_actions = q_values.shape[-1]
     uniform = jax.random.uniform(key, q_values.shape[:-1], jnp.float32)
-    # Where uniform < epsilon, uniform / epsilon is uniform in [0, 1): one draw decides both.
+    # One draw decides both: given uniform < epsilon, uniform / epsilon is uniform in [0, 1).
     random_action = jnp.minimum(uniform / epsilon * num_actions, num_actions - 1).astype(jnp.int32)
     return jnp.where(uniform < epsilon, random_action, q_values.argmax(-1).astype(jnp.int32))
 
 
 def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda) -> jax.Array:
-    """Q(lambda) targets G of a rollout (PQN, section 4), with terminated and truncated kept apart.
+    """Q(lambda) targets G of a rollout (PQN, section 4), with separate terminated and truncated.
 
         G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
         l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
 
-    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q of where step t led, before a reset.
+    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q after step t, before any reset.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
 
@@ -300,12 +300,11 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 def rollout_targets(
     rewards, values, terminated, truncated, gamma, td_lambda
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets of all steps but the last and whether each counts, both [num_steps - 1, num_envs].
+    """Targets and loss mask of all steps but the last, both [num_steps - 1, num_envs].
 
-    Arrays are [num_steps, num_envs]; values[t] is max_a Q of the observation at t, so the next row
-    has that of where step t led. Not where a time limit cut: the next row begins another episode.
-    Such a step has no return and does not count, so the return of the step before it ends at its
-    value.
+    Arrays are [num_steps, num_envs]; values[t] is max_a Q of the observation at t. The value after
+    step t is values[t + 1], except at a time limit, where the next row starts a new episode. Such a
+    step has no target and is masked, and the return of the step before bootstraps from its value.
     """
     truncated = truncated & ~terminated
     ends = truncated[:-1] | truncated[1:]
@@ -317,7 +316,7 @@ def rollout_targets(
 
 
 class CraftaxState(NamedTuple):
-    """Worlds and the episodes in them so far."""
+    """States of the worlds, with returns and lengths of the episodes so far."""
 
     env_state: Any
     returns: jax.Array
@@ -325,27 +324,27 @@ class CraftaxState(NamedTuple):
 
 
 def make_env(config: Config, num_envs: int):
-    """num_envs environments at once: reset(key), step(key, state, action), actions, time limit.
+    """Functions reset(key), step(key, state, action) of num_envs environments, actions, time limit.
 
-    reset returns (obs, state), step what gymnax's does: its info has returned_episode,
+    reset returns (obs, state), and step returns what gymnax's does. Its info has returned_episode,
     returned_episode_returns, returned_episode_lengths and, for Craftax, achievements of episodes
-    that ended. Raises ValueError for an unknown id, unknown parameters, and unless observations are
-    Box and actions Discrete.
+    that ended. Raises ValueError for an unknown id or parameter, or unless observations are Box and
+    actions Discrete.
     """
     return (make_craftax if config.env_id in CRAFTAX else make_gymnax)(config, num_envs)
 
 
 def change_params(params, changes: tuple[str, ...]):
-    """The parameters with changes as "name=number"; raises ValueError for any other."""
+    """The parameters with changes such as "name=number"; raises ValueError for an invalid one."""
     names = [field.name for field in dataclasses.fields(params)]
     for text in changes:
         name, _, number = text.partition("=")
         if name not in names or not re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?(e-?\d+)?", number):
-            takes = f"name=number, with a name of {', '.join(names)}"
+            takes = f"name=number, with a name among {', '.join(names)}"
             raise ValueError(f"--env-params is {text}; it takes {takes}")
         old, new = getattr(params, name), json.loads(number)
         if type(old) is int and old > 0 and not (type(new) is int and new > 0):
-            raise ValueError(f"--env-params is {text}; {name} counts, it takes a number from 1")
+            raise ValueError(f"--env-params is {text}; {name} is a count, it takes integers from 1")
         params = params.replace(**{name: new})
     return params
 
@@ -366,7 +365,7 @@ def make_gymnax(config: Config, num_envs: int):
     spaces = env.observation_space(params), env.action_space(params)
     spaces = [type(space).__name__ for space in spaces]
     if spaces != ["Box", "Discrete"]:
-        takes = "it takes one with ['Box', 'Discrete']"
+        takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
     env = LogWrapper(FlattenObservationWrapper(env))
 
@@ -382,16 +381,16 @@ def make_gymnax(config: Config, num_envs: int):
 
 
 def make_craftax(config: Config, num_envs: int):
-    """make_env for Craftax, with optimistic resets: making a world is dear.
+    """make_env for Craftax, with optimistic resets, as generating a world is expensive.
 
-    A step that ends an episode makes num_envs / reset_ratio worlds. Environments that end take them
-    in order, and share them when more end than were made.
+    If any episode ends in a step, num_envs / reset_ratio worlds are generated. Environments whose
+    episode ended take them in order, and share them if there are too few.
     """
     from craftax.craftax_env import make_craftax_env_from_name
 
     if num_envs % config.reset_ratio:
-        what = f"--num-envs, {config.num_envs}, and --eval-episodes, {config.eval_episodes}"
-        raise ValueError(f"--reset-ratio is {config.reset_ratio}; it takes a divisor of {what}")
+        counts = f"--num-envs {config.num_envs} and --eval-episodes {config.eval_episodes}"
+        raise ValueError(f"--reset-ratio is {config.reset_ratio}; it must divide {counts}")
     env = make_craftax_env_from_name(config.env_id, auto_reset=False)
     params = change_params(env.default_params, config.env_params)
     num_fresh = num_envs // config.reset_ratio
@@ -429,7 +428,7 @@ def make_craftax(config: Config, num_envs: int):
 
             return jax.tree.map(where_done, fresh(reset_key, num_fresh), states)
 
-        # Most steps of a few environments end none: they make no world.
+        # With few environments, most steps end no episode and need no new world.
         obs, env_state = jax.lax.cond(
             done.any(), reset_ended, lambda *states: states, obs, env_state
         )
@@ -443,7 +442,7 @@ def make_craftax(config: Config, num_envs: int):
 
 
 class Memory(NamedTuple):
-    """What acting needs beside the environments, for each of them."""
+    """What the network carries from step to step, per environment."""
 
     hidden: Any  # (c, h) of the LSTM, [num_envs, hidden_size] each
     last_action: jax.Array
@@ -453,7 +452,7 @@ class Memory(NamedTuple):
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
-    variables: Any  # flax's: params and batch_stats
+    variables: Any  # flax variables: params and batch_stats
     opt_state: Any
     env_state: Any
     obs: jax.Array  # [num_envs, obs_dim]
@@ -461,11 +460,11 @@ class TrainState(NamedTuple):
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
-    params = property(lambda self: self.variables, doc="What a trained agent needs.")
+    params = property(lambda self: self.variables, doc="The variables of a trained agent.")
 
 
 class Transition(NamedTuple):
-    """One step of all environments; a rollout stacks num_steps of them in front."""
+    """One step of all environments; a rollout adds a leading axis of num_steps."""
 
     obs: jax.Array
     last_action: jax.Array
@@ -479,13 +478,13 @@ class Transition(NamedTuple):
 def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
-    It starts from a key, by train.init(key), or goes on from a state, for config.num_updates unless
-    told otherwise. metrics is a flat dict of arrays [num_updates]: returns are NaN in an update in
-    which no episode ended, eval/* in one without an evaluation. jit it, vmap it over keys, or over
-    floats of config.
+    train starts from train.init(key) or continues from a state, for config.num_updates by default.
+    metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
+    ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
+    or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
-    Raises ValueError as make_env does.
+    Raises ValueError for an environment that it cannot train on.
     """
     env_reset, env_step, num_actions, _ = make_env(config, config.num_envs)
     eval_env = make_env(config, config.eval_episodes) if config.eval_interval else None
@@ -497,13 +496,13 @@ def make_train(config: Config):
         return Memory(hidden, jnp.zeros(num_envs, jnp.int32), jnp.ones(num_envs, bool))
 
     def act(variables, memory, obs):
-        """Values [num_envs, num_actions] and the LSTM's new state, a step of the network."""
+        """One step of the network: the LSTM's new state, and values [num_envs, num_actions]."""
         inputs = jax.tree.map(lambda x: x[None], (obs, memory.last_action, memory.start))
         hidden, q = network.apply(variables, memory.hidden, *inputs)
         return hidden, q[0]
 
     def learning_rate(number, step):
-        """Of a gradient step of an update; annealed, it stays at zero past the end of the run."""
+        """The rate at a gradient step of an update; if annealed, it stays zero after the run."""
         progress = (number + step / config.num_gradient_steps) / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
@@ -532,7 +531,7 @@ def make_train(config: Config):
             )
             inputs = obs, memory.last_action, memory.start
             transition = Transition(*inputs, action, reward, terminated, truncated)
-            # As in PureJaxQL, an episode begins with the last action of the one before.
+            # As in PureJaxQL, an episode starts with the last action of the previous one.
             memory = Memory(hidden, action, terminated | truncated)
             kept = {x: y for x, y in info.items() if x.startswith(("returned", "Achievements"))}
             return (next_obs, memory, env_state), (transition, kept)
@@ -577,7 +576,7 @@ def make_train(config: Config):
             losses = {f"losses/{name}": value for name, value in losses.items()}
             return (variables | updated | {"params": params}, opt_state), losses
 
-        # What sorts random bits is a random permutation: one sort shuffles for all epochs.
+        # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.num_envs), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
@@ -588,7 +587,7 @@ def make_train(config: Config):
         return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each to its end, or to eval_steps."""
+        """Mean return of eval_episodes greedy episodes, each to its end or to eval_steps."""
         reset, env_step, _, max_steps = eval_env
 
         def unfinished(carry):
@@ -637,7 +636,7 @@ def make_train(config: Config):
             "charts/learning_rate": learning_rate(number, 0),
         }
         for name, value in info.items():
-            if name.startswith("Achievements/"):  # 100 if unlocked, where an episode ends
+            if name.startswith("Achievements/"):  # 100 if unlocked, when an episode ends
                 metrics[name.replace("A", "a", 1)] = value.mean(where=ended) / 100
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
@@ -658,24 +657,24 @@ def make_train(config: Config):
 # --- Running it: not needed to copy the algorithm -------------------------------------------------
 
 SCRIPT = Path(__file__)
-# Flags that do not change the results: --resume takes new values of them.
+# Flags that may change on --resume, as they do not affect the results.
 FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line and exit code 2."""
+    """Exits with code 2 and one line on stderr."""
     print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 def say(message: str) -> None:
-    """Print a line above the progress bar; of several hosts, only the first does."""
+    """Prints a line above the progress bar, on the first host only."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)
 
 
 def parse_args(args: list[str]) -> Config:
-    """Flags as tyro takes them, and 1e6 for an integer, --flag=False for --no-flag."""
+    """Parses flags with tyro; also accepts 1e6 for integers and --flag=False for --no-flag."""
     number, boolean = r"^(--[\w-]+=|)(\d+(\.\d+)?[eE]\+?\d+)$", r"^--([\w-]+)=(?i:(true)|false)$"
     args = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
     args = [re.sub(boolean, lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", arg) for arg in args]
@@ -685,41 +684,41 @@ def parse_args(args: list[str]) -> Config:
         config = tyro.cli(Config, args=args, description=__doc__, default=saved)
         for name, old in vars(saved).items():
             if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
-                fail(f"--{name.replace('_', '-')} is {new}; a resumed run keeps its own, {old}")
+                fail(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
     return config
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The configuration of a run of this script, to resume it; fails for any other folder."""
+    """Loads the Config of a run to resume; fails unless the run is one of this script."""
     try:
         flags = json.loads(Path(run_dir, "config.json").read_text())
         script = flags.pop("script")
         if script == SCRIPT.stem:
             return Config(**flags | {"resume": str(run_dir)})
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"--resume is {run_dir}; it takes the folder of a run: {error!r}")
+        fail(f"--resume is {run_dir}; it takes a run folder: {error!r}")
     fail(f"--resume is {run_dir}, a run of {script}.py")
 
 
 def last_checkpoint(run_dir: str) -> int:
-    """The update of the last checkpoint of a run; fails if it has none."""
+    """The update number of a run's last checkpoint; fails if there is none."""
     folder = Path(run_dir, "checkpoints")
     updates = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
     return max(updates) if updates else fail(f"--resume is {run_dir}; it has no checkpoint yet")
 
 
 def start_devices(config: Config) -> Mesh:
-    """The devices that seeds and environments are spread over, equally many on each host.
+    """The device mesh for seeds and environments, with the same number of devices on every host.
 
-    A CPU is divided into devices: the fewest that keep all cores busy, with one thread (NPROC) each
-    where batches are small.
+    A CPU is split into as few devices as keep all cores busy; with small batches, each device uses
+    one thread (NPROC).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
     threads = cores // num_devices if config.batch_size >= 4096 else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
-    with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX has already started: use its devices
         jax.config.update("jax_num_cpu_devices", num_devices)
     try:
         if config.distributed and not jax.distributed.is_initialized():
@@ -729,25 +728,25 @@ def start_devices(config: Config) -> Mesh:
 
     hosts, local = jax.process_count(), jax.local_device_count()
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    # Devices that the seeds leave over divide the environments of each seed.
+    # Devices left over by the seeds split each seed's environments.
     for per_host in range(local, 0, -1):
         for_seeds = math.gcd(config.num_seeds, hosts * per_host)
         for_envs = hosts * per_host // for_seeds
         if config.num_envs % for_envs == 0:
             devices = np.reshape(devices, (hosts, local))[:, :per_host]
             return Mesh(devices.reshape(for_seeds, for_envs), ("seeds", "envs"))
-    raise ValueError(f"--num-envs is {config.num_envs}; it takes a multiple of {hosts} hosts")
+    raise ValueError(f"--num-envs is {config.num_envs}, not a multiple of the {hosts} hosts")
 
 
 def make_programs(config: Config, train, mesh: Mesh):
-    """init(0, seeds) -> states and run_chunk(update, states) -> (states, metrics), of all seeds."""
-    # Chunks of about 65,536 steps, all of one size, so that one program runs them all.
-    most = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
-    chunk_size = max(n for n in range(1, most + 1) if config.num_updates % n == 0)
+    """Jitted init(0, seeds) -> states, run_chunk(update, states) -> (states, metrics)."""
+    # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
+    max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
+    chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
     axes = ["seeds"], ["seeds", "envs"], []
-    by_seed, by_env, on_all = (NamedSharding(mesh, PartitionSpec(*names)) for names in axes)
-    of_envs = "env_state", "obs", "memory"
-    of_state = TrainState(*(by_env if x in of_envs else by_seed for x in TrainState._fields))
+    per_seed, per_env, replicated = (NamedSharding(mesh, PartitionSpec(*names)) for names in axes)
+    env_fields = "env_state", "obs", "memory"
+    layout = TrainState(*(per_env if x in env_fields else per_seed for x in TrainState._fields))
 
     def init(update, seed):
         return train.init(jax.random.key(seed))
@@ -757,21 +756,21 @@ def make_programs(config: Config, train, mesh: Mesh):
 
     def over_seeds(function, out_shardings, **options):
         def on_device(update, inputs):
-            # The update number is not batched, so that evaluation stays a branch.
-            of_seed = functools.partial(function, update)
-            on_cpu = jax.default_backend() == "cpu"  # where a batch of small matrices is slower
-            return jax.lax.map(of_seed, inputs) if on_cpu else jax.vmap(of_seed)(inputs)
+            # The update number is unbatched, so that evaluation stays a branch.
+            one_seed = functools.partial(function, update)
+            on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
+            return jax.lax.map(one_seed, inputs) if on_cpu else jax.vmap(one_seed)(inputs)
 
-        specs = {"in_specs": (on_all.spec, by_seed.spec), "out_specs": by_seed.spec}
-        specs |= {"axis_names": {"seeds"}}  # the compiler divides the environments
+        specs = {"in_specs": (replicated.spec, per_seed.spec), "out_specs": per_seed.spec}
+        specs |= {"axis_names": {"seeds"}}  # the compiler shards the environments
         on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
         return jax.jit(on_devices, out_shardings=out_shardings, **options)
 
-    return over_seeds(init, of_state), over_seeds(run_chunk, (of_state, on_all), donate_argnums=1)
+    return over_seeds(init, layout), over_seeds(run_chunk, (layout, replicated), donate_argnums=1)
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of the run: the one to resume, or a new name that all hosts agree on."""
+    """The run folder: the one to resume, or a new name, the same on every host."""
     if config.resume is not None:
         return Path(config.resume)
     milliseconds = np.array(divmod(time.time_ns() // 10**6, 10**6), np.int32)
@@ -781,17 +780,17 @@ def run_folder(config: Config) -> Path:
 
 
 def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
-    """The states after an update and the seconds spent on them; fails if they cannot be read."""
+    """Loads the states after an update and the seconds spent so far; fails if unreadable."""
     args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
     try:
         saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
-    except Exception as error:  # orbax raises Exception itself where an array is damaged
+    except Exception as error:  # orbax raises a bare Exception for a damaged array
         fail(f"--resume: {checkpoints.directory} cannot be read: {str(error)[:200]}")
     return saved.states, saved.seconds
 
 
 def start_wandb(config: Config, run_dir: Path) -> list:
-    """A Weights & Biases run for each seed, in a group; above 16 seeds, one for their mean."""
+    """One Weights & Biases run per seed, in a group; above 16 seeds, one for their mean."""
     if config.wandb_mode == "disabled":
         return []
     import wandb  # not at the top: it takes seconds
@@ -804,7 +803,7 @@ def start_wandb(config: Config, run_dir: Path) -> list:
     options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
     try:
         runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
-    except Exception as error:  # those of wandb's own service are no wandb.Error
+    except Exception as error:  # errors of wandb's service are not wandb.Error
         if config.resume is None:
             shutil.rmtree(run_dir)
         raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
@@ -819,15 +818,15 @@ def is_nan(config: Config, metrics: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class Recorder:
-    """What the first host writes and tells while a run goes on."""
+    """Records a run in metrics.csv, the progress bar and wandb; only the first host has one."""
 
     def __init__(self, config: Config, run_dir: Path, columns: list[str], update: int):
-        """Goes on after an update. Raises ValueError if metrics.csv lacks rows up to it."""
+        """Starts after the given update. Raises ValueError if metrics.csv lacks rows up to it."""
         self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
         header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
         lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
         if lines[:1] != [header] or len(lines) < num_lines:
-            raise ValueError(f"{self.csv} lacks rows or has other columns than {header}")
+            raise ValueError(f"{self.csv} lacks rows or its columns are not {header}")
         if update:
             os.truncate(self.csv, len("".join(lines[:num_lines])))
             (run_dir / "metadata.json").unlink(missing_ok=True)
@@ -839,10 +838,10 @@ class Recorder:
         update_steps = config.steps_per_update * config.num_seeds
         total, initial = config.num_updates * update_steps, update * update_steps
         self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)
-        self.told_at = time.monotonic()
+        self.printed_at = time.monotonic()
 
     def record(self, update: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics [num_seeds, chunk_size] of the updates after the given one."""
+        """Records metrics [num_seeds, chunk_size] of the updates after the given one."""
         metrics = jax.device_get(metrics)
         seeds = self.config.seed + np.arange(self.config.num_seeds)
         metrics["seed"] = np.broadcast_to(seeds[:, None], metrics["global_step"].shape)
@@ -860,17 +859,17 @@ class Recorder:
         mean_return = f"return {rows['charts/episodic_return'].mean():.1f}"
         self.bar.set_postfix_str(mean_return, refresh=False)
         self.bar.update(len(rows) * self.config.steps_per_update)
-        # Where no terminal shows the bar, a line for the log.
-        if self.bar.disable and time.monotonic() - self.told_at >= 30:
-            self.told_at = time.monotonic()
+        # Without a terminal there is no bar: print a line every half minute.
+        if self.bar.disable and time.monotonic() - self.printed_at >= 30:
+            self.printed_at = time.monotonic()
             update += metrics["seed"].shape[1]
             say(f"update {update} of {self.config.num_updates}, {mean_return}")
 
     def log(self) -> None:
-        """Sends to wandb what a checkpoint covers, so that a resumed run sends nothing twice."""
+        """Sends wandb only what a checkpoint covers, so that a resumed run sends nothing twice."""
         for chunk in self.unlogged if self.wandb_runs else []:
             for step, rows in chunk.drop(columns="seed").groupby("global_step"):
-                if len(self.wandb_runs) < len(rows):  # the mean, and the deviation of what varies
+                if len(self.wandb_runs) < len(rows):  # mean, and deviation where seeds differ
                     stds = rows.loc[:, rows.nunique() > 1].std().add_suffix("_std")
                     rows = pd.concat([rows.mean(), stds]).to_frame().T
                 for run, (_, row) in zip(self.wandb_runs, rows.iterrows(), strict=True):
@@ -885,7 +884,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def caught_signals(message: str):
-    """A list that Ctrl-C and SIGTERM go into: the first prints message, the second interrupts."""
+    """Collects Ctrl-C and SIGTERM in a list: the first prints message, the second interrupts."""
     received = []
 
     def handle(number, frame):
@@ -894,54 +893,54 @@ def caught_signals(message: str):
             raise KeyboardInterrupt
         say(message)
 
-    # Python takes handlers in the main thread alone; a sweep agent of wandb calls main in another.
+    # Only the main thread may set handlers; wandb's sweep agent calls main in another thread.
     in_main_thread = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def plot_returns(config: Config, run_dir: Path) -> str:
-    """Plots the returns in metrics.csv over all seeds; tells the last ones in words."""
+    """Plots the returns in metrics.csv over all seeds; returns a summary of the last ones."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     table = pd.read_csv(run_dir / "metrics.csv")
-    several = config.num_seeds > 1
+    many_seeds = config.num_seeds > 1
     title = f"{SCRIPT.stem}, {config.env_id}"
-    title += f", {config.num_seeds} seeds: mean, lowest to highest" if several else ""
+    title += f", {config.num_seeds} seeds: mean and range" if many_seeds else ""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps per seed", ylabel="return", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    words = []
+    summary = []
     for kind, label in (("charts", "while exploring"), ("eval", "greedy")):
         name = f"{kind}/episodic_return"
         measured = table.dropna(subset=name) if name in table else table[:0]
         if measured.empty:
             continue
-        # Means of each seed over a two-hundredth of the run, so that long runs stay readable.
+        # Average each seed over 200 bins of steps, so that long runs stay readable.
         last_step = table["global_step"].iloc[-1]
         bins = measured["global_step"] * 200 // last_step
-        by_bin = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
-        steps, returns = by_bin["global_step"].mean(), by_bin[name]
+        binned = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
+        steps, returns = binned["global_step"].mean(), binned[name]
         axes.plot(steps, returns.mean(), "o-" if len(steps) <= 30 else "-", label=label)
         axes.fill_between(steps, returns.min(), returns.max(), alpha=0.2)
         axes.legend()
-        # The last evaluation, or the mean over the last tenth of training, as far as measured.
+        # The last evaluation, or the mean over the last tenth of training up to the last return.
         since = measured["global_step"].iloc[-1] * (1 if kind == "eval" else 0.9)
-        by_seed = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
-        spread = f" (seeds {by_seed.min():.1f} to {by_seed.max():.1f})" if several else ""
-        words.append(f"{label} {by_seed.mean():.1f}{spread}")
+        seed_means = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
+        spread = f" (seeds {seed_means.min():.1f} to {seed_means.max():.1f})" if many_seeds else ""
+        summary.append(f"{label} {seed_means.mean():.1f}{spread}")
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
-    return f"return {', '.join(words)}" if words else "no episode has ended"
+    return f"return {', '.join(summary)}" if summary else "no episode has ended"
 
 
 def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
-    """Writes the parameters, the curve and the metadata, and tells how the run went."""
+    """Writes parameters, learning curve and metadata, and prints a summary of the run."""
     (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
     print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
@@ -949,27 +948,27 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "numpy")
     metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
-    times = "{run_seconds:.1f} s, after {compile_seconds:.1f} s of compiling".format(**metadata)
+    times = "{run_seconds:.1f} s plus {compile_seconds:.1f} s of compilation".format(**metadata)
     print(f"{metadata['steps_per_second']:,.0f} steps/s on {metadata['device']}, {times}")
-    print(f"in {run_dir}: {', '.join(sorted(os.listdir(run_dir)))}")
+    print(f"{run_dir} contains {', '.join(sorted(os.listdir(run_dir)))}")
 
 
 def main(config: Config) -> Path:
-    """Trains all seeds, a chunk of updates at a time; returns the folder of the run."""
+    """Trains all seeds, a chunk of updates at a time; returns the run folder."""
     is_new = config.resume is None
-    done = 0 if is_new else last_checkpoint(config.resume)
-    if done == config.num_updates and Path(config.resume, "metadata.json").exists():
-        print(f"{config.resume} is finished: it has all of its {done} updates")
+    update = 0 if is_new else last_checkpoint(config.resume)
+    if update == config.num_updates and Path(config.resume, "metadata.json").exists():
+        print(f"{config.resume} is finished: all {update} updates are done")
         return Path(config.resume)
     seeds = config.seed + np.arange(config.num_seeds)
     seconds = {"compile_seconds": 0.0, "run_seconds": 0.0}
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax would log what fail says in a line
-    try:  # before compiling, all that can fail for a reason outside of this script
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # fail reports orbax's errors instead
+    try:  # before compilation, everything that can fail for outside reasons
         mesh = start_devices(config)
         run_dir = run_folder(config)
         device = f"{mesh.size} x {jax.devices()[0].device_kind}"
         title = f"{config.env_id}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {device}"
-        since = f", from update {done}" if done else ""
+        since = f", from update {update}" if update else ""
         say(f"{SCRIPT.stem}: {title}, in {run_dir}{since}; compiling takes seconds to a minute")
         train = make_train(config)
         started = time.monotonic()
@@ -979,9 +978,9 @@ def main(config: Config) -> Path:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
         if not is_new:
-            states, seconds = restore(checkpoints, done, shapes)
+            states, seconds = restore(checkpoints, update, shapes)
         columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
-        recorder = Recorder(config, run_dir, columns, done) if is_first_host else None
+        recorder = Recorder(config, run_dir, columns, update) if is_first_host else None
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
     if is_new:
@@ -990,46 +989,46 @@ def main(config: Config) -> Path:
     saved_at = time.monotonic()
     seconds["compile_seconds"] += saved_at - started
     if recorder:
-        recorder.bar.unpause()  # which counts from now on
+        recorder.bar.unpause()  # exclude compilation from its speed
 
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
     pending, stopping = [], False
     try:
-        stops = f"stopping after this chunk of updates, a second time at once; {to_resume}"
-        with caught_signals(stops) as signals:
-            while done < config.num_updates and not stopping:
-                states, metrics = run_chunk(np.int32(done), states)
-                while recorder and pending:  # the chunk before is recorded while this one runs
+        message = f"stopping after this chunk of updates (Ctrl-C again stops at once); {to_resume}"
+        with caught_signals(message) as signals:
+            while update < config.num_updates and not stopping:
+                states, metrics = run_chunk(np.int32(update), states)
+                while recorder and pending:  # record the previous chunk while this one runs
                     recorder.record(*pending.pop())
-                pending.append((done, metrics))
-                done += metrics["global_step"].shape[1]
-                # Waiting for a thread Python sees signals, waiting for JAX it does not.
+                pending.append((update, metrics))
+                update += metrics["global_step"].shape[1]
+                # Python handles signals while it joins a thread, but not while it waits for JAX.
                 chunk = threading.Thread(target=jax.block_until_ready, args=[metrics], daemon=True)
                 chunk.start()
                 chunk.join()
                 is_due = time.monotonic() - saved_at >= config.checkpoint_interval
                 flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
                 stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
-                if stopping or is_due or done == config.num_updates:
+                if stopping or is_due or update == config.num_updates:
                     if recorder:
                         recorder.record(*pending.pop())
                     seconds["run_seconds"] += time.monotonic() - saved_at
                     saved_at = time.monotonic()
                     save = {"states": ocp.args.StandardSave(states)}
                     save |= {"seconds": ocp.args.JsonSave(seconds)}
-                    checkpoints.save(done, args=ocp.args.Composite(**save))
+                    checkpoints.save(update, args=ocp.args.Composite(**save))
                     if recorder:
                         recorder.log()
     except KeyboardInterrupt:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
-    except (OSError, ValueError) as error:  # a full disk
+    except (OSError, ValueError) as error:  # such as a full disk
         fail(f"{error}; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
     params = multihost_utils.process_allgather(states.params, tiled=True)
     if recorder:
         recorder.close()
-        save_results(config, run_dir, params, seconds | {"updates": done, "device": device})
-    if done < config.num_updates:
+        save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
+    if update < config.num_updates:
         say(to_resume)
     return run_dir
 
@@ -1038,4 +1037,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
     except KeyboardInterrupt:
-        os._exit(130)  # at once: an ordinary exit waits for the chunk that runs
+        os._exit(130)  # an ordinary exit would wait for the running chunk

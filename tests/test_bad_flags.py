@@ -89,5 +89,5 @@ def test_resume_of_a_broken_configuration(script, text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     run(script, ["--resume", tmp_path])
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--resume is {tmp_path}; it takes the folder of a run" in line
+    assert f"--resume is {tmp_path}; it takes a run folder" in line
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -47,8 +47,8 @@ def test_finished_run_is_not_touched(finished, capsys):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--gamma=0.5", "--gamma is 0.5; a resumed run keeps its own, 0.99"),
-        ("--num-envs=8", "--num-envs is 8; a resumed run keeps its own, 4"),
+        ("--gamma=0.5", "--gamma is 0.5; the run to resume has 0.99"),
+        ("--num-envs=8", "--num-envs is 8; the run to resume has 4"),
         ("--runs-dir=there", "--runs-dir is there"),
     ],
 )
@@ -169,7 +169,7 @@ def test_log_gets_plain_lines(finished, monkeypatch, tmp_path, capsys):
     metrics = {name: jnp.full((1, 3), 7.0) for name in columns}
     recorder.record(0, metrics)
     assert capsys.readouterr().err == ""
-    recorder.told_at = time.monotonic() - 31
+    recorder.printed_at = time.monotonic() - 31
     recorder.record(3, metrics)
     assert capsys.readouterr().err == "update 6 of 12, return 7.0\n"
 

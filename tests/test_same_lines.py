@@ -52,7 +52,7 @@ def test_helpers_are_the_same(sources):
     assert drift(sources) == []
 
 
-@pytest.mark.parametrize("old, new", [("30:", "31:"), ('"nan"', '"NaN"'), ("done += ", "done -= ")])
+@pytest.mark.parametrize("old, new", [("30:", "31:"), ('"nan"', '"NaN"'), ("(update, m", "(0, m")])
 def test_a_changed_character_is_found(sources, old, new):
     assert old in sources["ppo_cartpole"]
     sources["ppo_cartpole"] = sources["ppo_cartpole"].replace(old, new)
