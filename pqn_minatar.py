@@ -612,6 +612,7 @@ class Recorder:
         lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
         if lines[:1] != [header] or len(lines) < num_lines:
             raise ValueError(f"{self.csv} lacks rows or its columns are not {header}")
+        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
         if update:
             os.truncate(self.csv, len("".join(lines[:num_lines])))
             (run_dir / "metadata.json").unlink(missing_ok=True)
@@ -619,7 +620,6 @@ class Recorder:
             self.csv.write_text(header)
             flags = {"script": SCRIPT.stem} | dataclasses.asdict(config)
             (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
-        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
         update_steps = config.steps_per_update * config.num_seeds
         total, initial = config.num_updates * update_steps, update * update_steps
         self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)

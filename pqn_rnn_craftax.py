@@ -11,10 +11,14 @@ its start, and targets are recomputed at every gradient step.
     config = Config(env_id="Craftax-Classic-Symbolic-v1")
     state, metrics = jax.jit(make_train(config))(jax.random.key(0))
 """
-# /// script requires-python = ">=3.11" dependencies = [   "jax>=0.10,<0.12", "flax>=0.12.8,<0.13",
-# "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2",   "six>=1.16,<2", "craftax>=1.6.1,<2",
-# "orbax-checkpoint>=0.12,<0.13", "tyro>=1.0,<2", "tqdm>=4.66,<5",   "matplotlib>=3.8,<4",
-# "pandas>=2.2,<4", "wandb>=0.31,<0.32", "numpy>=2,<3", ] ///
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax>=0.10,<0.12", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "gymnax>=1.0.1,<2",
+#   "six>=1.16,<2", "craftax>=1.6.1,<2", "orbax-checkpoint>=0.12,<0.13", "tyro>=1.0,<2",
+#   "tqdm>=4.66,<5", "matplotlib>=3.8,<4", "pandas>=2.2,<4", "wandb>=0.31,<0.32", "numpy>=2,<3",
+# ]
+# ///
 
 import contextlib
 import dataclasses
@@ -827,6 +831,7 @@ class Recorder:
         lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
         if lines[:1] != [header] or len(lines) < num_lines:
             raise ValueError(f"{self.csv} lacks rows or its columns are not {header}")
+        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
         if update:
             os.truncate(self.csv, len("".join(lines[:num_lines])))
             (run_dir / "metadata.json").unlink(missing_ok=True)
@@ -834,7 +839,6 @@ class Recorder:
             self.csv.write_text(header)
             flags = {"script": SCRIPT.stem} | dataclasses.asdict(config)
             (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
-        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
         update_steps = config.steps_per_update * config.num_seeds
         total, initial = config.num_updates * update_steps, update * update_steps
         self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)

@@ -130,6 +130,19 @@ def test_wandb_without_login_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_wandb_without_login_leaves_a_stopped_run(stopped, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (stopped / "metadata.json").write_text("{}")
+    damage(stopped / "metrics.csv", (stopped / "metrics.csv").read_bytes() + b"a row too many\n")
+    edit(stopped / "config.json", total_timesteps=24 * 32)  # not yet finished
+    before = contents(stopped)
+    run(script, ["--resume", stopped, "--wandb-mode=online"])
+    assert "--wandb-mode is online" in capsys.readouterr().err.splitlines()[-1]
+    after = {path: data for path, data in contents(stopped).items() if "wandb" not in path.parts}
+    assert after == before
+
+
 def test_in_a_thread(tmp_path):
     """As a sweep agent of wandb calls it."""
     config = dataclasses.replace(TINY, runs_dir=str(tmp_path))

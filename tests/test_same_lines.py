@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import re
+import tomllib
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -88,3 +90,15 @@ def test_a_field_has_the_same_limits_everywhere():
                 limits.setdefault(field, set()).add((low, high))
     assert limits.pop("num_steps") == {(1, 2**31 - 1), (2, 2**31 - 1)}  # with an LSTM, two
     assert {field for field, bounds in limits.items() if len(bounds) > 1} == set()
+
+
+def test_inline_dependencies(sources):
+    """PEP 723's own pattern finds them, and requirements.txt has each of them, with its bounds."""
+    pattern = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    lines = (ROOT / "requirements.txt").read_text().replace("[visualize]", "").splitlines()
+    required = {line.split("  #")[0] for line in lines}
+    for name, source in sources.items():
+        (match,) = re.finditer(pattern, source)
+        content = [line[2:] for line in match["content"].splitlines()]
+        needs = tomllib.loads("\n".join(content))["dependencies"]
+        assert match["type"] == "script" and set(needs) <= required, name
