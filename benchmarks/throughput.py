@@ -198,7 +198,8 @@ def plot(path: Path, study: dict) -> None:
     axes.tick_params(labelsize=12)
     axes.set_xlabel(names[over], fontsize=12)
     axes.set_ylabel("environment steps per second", fontsize=12)
-    axes.set_title(f"{others[0]:,} {names[other]}" if len(others) == 1 else "", fontsize=12)
+    fixed = f"{others[0]:,} {names[other].removesuffix('s' * (others == [1]))}"
+    axes.set_title(fixed if len(others) == 1 else "", fontsize=12)
     axes.legend(fontsize=11)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 

@@ -12,7 +12,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_pendulum \
     --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
-    --title Pendulum-v1 --line=-200 --num-seeds 4 \
+    --title "Pendulum-v1, exploration noise" --line=-200 --num-seeds 4 \
     --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
     --curve "mixed=pql_isaac_style" \
     --curve "0.2=pql_isaac_style --stddev-min 0.2 --stddev-max 0.2" \
@@ -21,14 +21,14 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
     --curve "0.8=pql_isaac_style --stddev-min 0.8 --stddev-max 0.8"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_beta_pv \
-    --title Pendulum-v1 --line=-200 --num-seeds 4 \
+    --title "Pendulum-v1, policy : value updates" --line=-200 --num-seeds 4 \
     --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
     --curve "1:1=pql_isaac_style --policy-updates 8" \
     --curve "1:2=pql_isaac_style" \
     --curve "1:4=pql_isaac_style --policy-updates 2"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_beta_av \
-    --title Pendulum-v1 --line=-200 --num-seeds 4 \
+    --title "Pendulum-v1, steps : value updates" --line=-200 --num-seeds 4 \
     --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
     --curve "1:4=pql_isaac_style --critic-updates 4 --policy-updates 2" \
     --curve "1:8=pql_isaac_style" \

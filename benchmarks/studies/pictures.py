@@ -20,37 +20,33 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-PQN, DQN, PPO, PQL, PEER = (
-    *(throughput.COLOURS[f"{name}"] for name in ("pqn_cartpole", "dqn_cartpole", "ppo_cartpole")),
-    throughput.COLOURS["pql_isaac_style"],
-    "#444444",
-)
+PQN, CHANGED = throughput.COLOURS["pqn_cartpole"], "#56B4E9"
 # The colour of an algorithm, and of what a study changes in it. A label takes the longest name that
 # it begins with; a study of other labels is a sweep, from dark to light.
 COLOURS = {
     "PQN": PQN,
-    "DQN": DQN,
+    "DQN": throughput.COLOURS["dqn_cartpole"],
     "double DQN": "#D55E00",
-    "PPO": PPO,
-    "PQL": PQL,
+    "PPO": throughput.COLOURS["ppo_cartpole"],
+    "PQL": throughput.COLOURS["pql_isaac_style"],
     "PQL-D": "#EE7FB0",
     "DDPG(n)": "#666633",
     # The defaults of a script, and what is changed.
     "bootstrapped": PQN,
-    "treated as terminal": "#56B4E9",
+    "treated as terminal": CHANGED,
     "layer norm": PQN,
-    "batch norm": "#56B4E9",
+    "batch norm": CHANGED,
     "no norm": "#88CCAA",
     "LSTM": PQN,
-    "no memory": "#56B4E9",
+    "no memory": CHANGED,
     "random actions": "#999999",
 }
 PEERS = {  # grey and dashed
-    "PureJaxQL": (PEER, "--"),
-    "PureJaxRL": (PEER, "--"),
+    "PureJaxQL": ("#444444", "--"),
+    "PureJaxRL": ("#444444", "--"),
     "Myriad": ("#999999", "-."),
     "CleanRL": ("#999999", "-."),
-    "PPO of brax": (PEER, "--"),
+    "PPO of brax": ("#444444", "--"),
 }
 LABELS = {
     "steps": "environment steps per seed",
@@ -80,7 +76,8 @@ def colour_and_style(label: str, labels: list[str]) -> tuple:
     names = [name for name in COLOURS if label.startswith(name)]
     if names:
         return COLOURS[max(names, key=len)], "-"
-    return matplotlib.colormaps["viridis"](0.92 * labels.index(label) / max(len(labels) - 1, 1)), "-"
+    position = labels.index(label) / max(len(labels) - 1, 1)
+    return matplotlib.colormaps["viridis"](0.88 * position), "-"
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -172,26 +169,34 @@ def draw(out: Path) -> list[Path]:
             axes.set_title(f"{study['title']}\n{seeds}".strip())
             if study["line"] is not None:
                 axes.axhline(study["line"], color="grey", linewidth=1, linestyle=":")
-            axes.legend()
+            axes.legend(**({"ncols": 2, "fontsize": 9} if len(curves) > 4 else {}))
             save(figure, paths[-1])
     return paths
 
 
+def wall_clock_pairs(results: Path = common.RESULTS) -> list[tuple[dict, dict]] | None:
+    """The studies of WALL_CLOCK and their two curves; None before all have been run."""
+    if not all((results / f"{name}.json").exists() for name, *_ in WALL_CLOCK):
+        return None
+    pairs = []
+    for name, *labels, _ in WALL_CLOCK:
+        study = load(results / name)
+        curves = {label: study["curves"].get(label, {}) for label in labels}
+        if not all("run_seconds" in curve for curve in curves.values()):
+            return None
+        pairs.append((study, curves))
+    return pairs
+
+
 def draw_wall_clock(results: Path = common.RESULTS) -> Path | None:
-    """Our scripts and their peers over seconds, from the files of other studies that have them."""
-    studies = [load(results / name) for name, *_ in WALL_CLOCK if (results / f"{name}.json").exists()]
-    pairs = [
-        {label: study["curves"].get(label, {}) for label in labels}
-        for study, (_, *labels, _) in zip(studies, WALL_CLOCK, strict=False)
-    ]
-    if len(pairs) < 3 or not all("run_seconds" in own for pair in pairs for own in pair.values()):
+    """Our scripts and their peers over seconds, from the files of other studies."""
+    pairs = wall_clock_pairs(results)
+    if pairs is None:
         return None
     with matplotlib.rc_context(FONT | {"font.size": 14, "axes.titlesize": 14}):
         figure = Figure(figsize=(13, 4.2), layout="constrained")
-        for i, (study, pair, names) in enumerate(zip(studies, pairs, WALL_CLOCK, strict=True)):
-            title = names[-1]
+        for i, ((study, pair), (_, ours, _, title)) in enumerate(zip(pairs, WALL_CLOCK, strict=True)):
             axes = figure.add_subplot(1, 3, i + 1, ylabel=y_label(study))
-            ours, peer = pair
             script = pair[ours]["command"].split()[0]
             words = draw_curves(axes, pair, "seconds", {ours: f"{script}.py"})
             axes.set_title(f"{title}, {len(pair[ours]['returns'])} seeds\n{words}")
