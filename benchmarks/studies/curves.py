@@ -16,11 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-import common
 import numpy as np
+import tyro
+
+import common
 import pictures
 import throughput
-import tyro
 
 SECONDS = ("compile_seconds", "run_seconds", "steps_per_second")
 MAX_POINTS = 200

@@ -12,13 +12,14 @@ import json
 import sys
 from pathlib import Path
 
-import common
 import matplotlib
 import numpy as np
-import throughput
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+
+import common
+import throughput
 
 PQN, CHANGED = throughput.COLOURS["pqn_cartpole"], "#56B4E9"
 # The colour of an algorithm, and of what a study changes in it. A label takes the longest name that
@@ -195,7 +196,9 @@ def draw_wall_clock(results: Path = common.RESULTS) -> Path | None:
         return None
     with matplotlib.rc_context(FONT | {"font.size": 14, "axes.titlesize": 14}):
         figure = Figure(figsize=(13, 4.2), layout="constrained")
-        for i, ((study, pair), (_, ours, _, title)) in enumerate(zip(pairs, WALL_CLOCK, strict=True)):
+        for i, ((study, pair), (_, ours, _, title)) in enumerate(
+            zip(pairs, WALL_CLOCK, strict=True)
+        ):
             axes = figure.add_subplot(1, 3, i + 1, ylabel=y_label(study))
             script = pair[ours]["command"].split()[0]
             words = draw_curves(axes, pair, "seconds", {ours: f"{script}.py"})

@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tyro
+
 import common
 import throughput
-import tyro
 
 KEYS = ("steps_per_second", "compile_seconds", "peak_memory_gib")
 

@@ -1,4 +1,4 @@
-"""Makes benchmarks/RESULTS.md from RESULTS.template.md and the JSON files of results, and all pictures.
+"""Makes benchmarks/RESULTS.md and all pictures from RESULTS.template.md and the JSON files.
 
     python benchmarks/studies/tables.py
 
@@ -6,12 +6,14 @@ In the template, <!-- study NAMES --> stands for the table, pictures, commands a
 studies; <!-- seconds NAME --> and <!-- achievements NAME --> for further tables of one.
 """
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
-import common
 import numpy as np
+
+import common
 import pictures
 import throughput
 
@@ -125,7 +127,7 @@ def images(names) -> str:
         cells += [f"![{name}](results/{name}{suffix}.png)" for suffix in suffixes]
     if len(cells) == 1:
         return cells[0]
-    rows = [(cells[i : i + 2] + [""])[:2] for i in range(0, len(cells), 2)]
+    rows = itertools.zip_longest(cells[::2], cells[1::2], fillvalue="")
     return "\n".join(["| | |", "|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 

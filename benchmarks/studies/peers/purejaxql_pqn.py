@@ -58,7 +58,7 @@ result = {
 metrics = results["metrics"]
 steps = np.asarray(metrics["env_step"])[0]
 if args.evaluate:
-    interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
+    interval = max(1, int(config["NUM_UPDATES"] * config["TEST_INTERVAL"]))
     evaluated = slice(interval - 1, None, interval)
     returns = np.asarray(metrics["test/returned_episode_returns"])[:, evaluated]
     result |= {"global_step": steps[evaluated].tolist(), "returns": returns.tolist()}
