@@ -1,5 +1,6 @@
 """RESULTS.md is what its files give, and every tool of benchmarks/ runs, at tiny sizes."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -74,20 +75,17 @@ def test_commands_of_the_studies_parse():
 
 
 def test_throughput(in_process, capsys):
-    options = {"num_envs": (4,), "num_seeds": (1, 2), "steps_per_env": 32, "repeats": 2}
+    options = {"num_envs": (4,), "num_seeds": (2,), "steps_per_env": 32, "repeats": 2}
     tiny = "--num-steps 8 --num-minibatches 2 --hidden-size 8 --eval-episodes 4"
     throughput.main(("pqn_cartpole",), flags=tiny, out=in_process, **options)
-    rows = load(in_process)["rows"]
-    assert [row["num_seeds"] for row in rows] == [1, 2]
-    assert [row["env_steps"] for row in rows] == [4 * 32, 2 * 4 * 32]
-    # 4 updates of 4 epochs and 2 minibatches, for each seed.
-    for row in rows:
-        seconds = np.median(row["run_seconds"])
-        steps = row["gradient_steps_per_second"] * seconds
-        np.testing.assert_allclose(steps, row["num_seeds"] * 4 * 4 * 2)
-        assert row["final_return"][0] > 0
+    (row,) = load(in_process)["rows"]
+    assert row["env_steps"] == 2 * 4 * 32
+    gradient_steps = row["gradient_steps_per_second"] * np.median(row["run_seconds"])
+    updates, epochs, minibatches = 4, 4, 2
+    np.testing.assert_allclose(gradient_steps, 2 * updates * epochs * minibatches)
+    assert row["final_return"][0] > 0
     assert in_process.with_suffix(".png").exists()
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 1
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 1 + 1
 
 
 def test_curves(in_process, monkeypatch):
@@ -126,9 +124,26 @@ def test_speed(in_process, monkeypatch):
 
 
 def test_gpu(in_process):
-    gpu.main(("cartpole_seeds", "minatar"), tiny=True, out=in_process)
-    assert load(in_process / "minatar")["curves"]["PQN"]["returns"]
-    assert len(load(in_process / "cartpole_seeds")["rows"]) == 2
+    gpu.main(("cartpole_seeds",), tiny=True, out=in_process)
+    rows = load(in_process / "cartpole_seeds")["rows"]
+    assert [row["env_steps"] for row in rows] == [4 * 128, 2 * 4 * 128]
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_gpu_commands(monkeypatch, tiny, tmp_path):
+    """Every command is one that its tool takes, with scripts' flags that these take."""
+    seen = []
+
+    def stub(main):
+        return functools.wraps(main)(lambda *names, **options: seen.append((names, options)))
+
+    monkeypatch.setattr(gpu, "TOOLS", {tool: stub(main) for tool, main in gpu.TOOLS.items()})
+    gpu.main(tiny=tiny, out=tmp_path)
+    assert [options["out"].name for _, options in seen] == [name for name, *_ in gpu.STUDIES]
+    for names, options in seen:
+        scripts = [curve.partition("=")[2] for curve in options.get("curve", ())] or names
+        for script in scripts if isinstance(scripts[0], str) else scripts[0]:
+            importlib.import_module(script).parse_args(shlex.split(options["flags"]))
 
 
 def test_a_script_runs_as_a_person_runs_it(tmp_path):
