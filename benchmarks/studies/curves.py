@@ -115,7 +115,7 @@ def main(
     curves = {}
     for label, _, command in (text.partition("=") for text in curve):
         script, *own = command.split(maxsplit=1)
-        curves[label] = run_curve(" ".join([script, flags, *own]), num_seeds, metric)
+        curves[label] = run_curve(" ".join(filter(None, [script, flags, *own])), num_seeds, metric)
     for label, _, command in (text.partition("=") for text in peer):
         curves[label] = run_peer_curve(label, command)
     curves = {label: own for label, own in curves.items() if own}
