@@ -1,7 +1,7 @@
-"""Animate the trained policy of a run: python benchmarks/animate.py runs/<run>
+"""Plays an episode of a trained policy into policy.gif: python examples/play.py runs/<run>
 
-Loads params.msgpack as anyone would, plays one greedy episode and lets gymnax draw it: the classic control tasks (with
-pygame, which requirements.txt brings), MinAtar, Catch, and the mazes.
+Loads params.msgpack as anyone would, plays one greedy episode and lets gymnax draw it: the classic
+control tasks (with pygame, which requirements.txt brings), MinAtar, Catch, and the mazes.
 """
 
 import importlib
@@ -39,12 +39,12 @@ def innermost(env_state):
 
 
 def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -> None:
-    """Write policy.gif into the folder of the run.
+    """Write policy.gif into the run folder.
 
     Args:
-        run: Folder of a run.
+        run: Run folder.
         seed: Which of its seeds, counted from 0.
-        max_steps: Frames at the most; a frame takes about a tenth of a second.
+        max_steps: At most this many frames; drawing one takes about a tenth of a second.
     """
     script = importlib.import_module(run.resolve().name.split("__")[0])
     config = script.load_config(run)

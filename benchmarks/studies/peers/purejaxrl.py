@@ -1,8 +1,8 @@
-"""PureJaxRL's ppo.py or dqn.py, timed: run it with the Python of PureJaxRL's own environment, its folder of scripts on
-PYTHONPATH.
+"""PureJaxRL's ppo.py or dqn.py, timed.
 
-Prints one line of JSON: seconds to compile and to run, steps per second over all seeds, and with --curve the returns
-of the last episodes in training after every update. Its hyperparameters are those of the script's own main.
+Run it with the Python of PureJaxRL's own environment, its folder of scripts on PYTHONPATH. Prints a
+line of JSON: seconds to compile and to run, steps per second over all seeds and, with --curve, the
+returns while training. Hyperparameters are those of the script's own main, changed by --set.
 """
 
 import argparse
@@ -49,8 +49,7 @@ parser.add_argument("--set", nargs="*", default=[], help="further NAME=value of 
 parser.add_argument("--curve", action="store_true")
 args = parser.parse_args()
 
-# ppo.py's own wrappers.py imports brax and navix; these two wrappers of it were taken over by
-# gymnax as they are.
+# ppo.py's own wrappers.py imports brax and navix; gymnax took over the two wrappers that it needs.
 sys.modules["wrappers"] = gymnax.wrappers.purerl
 config = dict(PPO if args.algorithm == "ppo" else DQN)
 config |= {"ENV_NAME": args.env_id, "TOTAL_TIMESTEPS": args.total_timesteps}
@@ -73,10 +72,14 @@ result = {
     "steps_per_second": args.num_seeds * args.total_timesteps / seconds,
 }
 if args.curve:
-    returns = np.asarray(
-        metrics["returned_episode_returns" if args.algorithm == "ppo" else "returns"]
-    )
-    returns = returns.reshape(args.num_seeds, returns.shape[1], -1).mean(-1)
-    result["global_step"] = np.linspace(0, args.total_timesteps, len(returns[0]) + 1)[1:].tolist()
+    if args.algorithm == "ppo":  # [seeds, updates, steps, environments]
+        ended = np.asarray(metrics["returned_episode"])
+        returns = np.where(ended, np.asarray(metrics["returned_episode_returns"]), 0).sum((2, 3))
+        with np.errstate(invalid="ignore"):
+            returns = returns / ended.sum((2, 3))  # NaN where no episode ended
+        steps = config["NUM_ENVS"] * config["NUM_STEPS"]
+    else:
+        returns, steps = np.asarray(metrics["returns"]), config["NUM_ENVS"]
+    result["global_step"] = (steps * np.arange(1, 1 + returns.shape[1])).tolist()
     result["returns"] = returns.tolist()
 print(json.dumps(result))

@@ -1,9 +1,8 @@
-"""PureJaxQL's pqn_gymnax.py, pqn_minatar.py or pqn_rnn_craftax.py, timed: run it with the Python of PureJaxQL's own
-environment, its checkout on PYTHONPATH.
+"""PureJaxQL's PQN, timed: its scripts for gymnax, MinAtar, Craftax and, with memory, MemoryChain.
 
-Prints one line of JSON: seconds to compile and to run, steps per second over all seeds, and the curve of its own
-evaluation where --evaluate is given. Its hyperparameters are those of its configuration file for CartPole, MinAtar or
-Craftax, changed by --set.
+Run it with the Python of PureJaxQL's own environment, its checkout on PYTHONPATH. Prints a line of
+JSON: seconds to compile and to run, steps per second over all seeds and, where asked for, returns.
+Hyperparameters are those of its configuration files, changed by --set.
 """
 
 import argparse
@@ -21,13 +20,15 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--env-id", default="CartPole-v1")
 parser.add_argument("--num-seeds", type=int, default=1)
 parser.add_argument("--total-timesteps", type=int, default=500_000)
-parser.add_argument("--evaluate", action="store_true")
+parser.add_argument("--evaluate", action="store_true", help="returns of its own evaluation")
+parser.add_argument("--curve", action="store_true", help="returns while training")
 parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
 args = parser.parse_args()
 
 kinds = {
     "MinAtar": ("pqn_minatar", "pqn_minatar"),
     "Craftax": ("pqn_rnn_craftax", "pqn_rnn_craftax"),
+    "MemoryChain": ("pqn_rnn_gymnax", "pqn_rnn_memory_chain"),
 }
 module, alg = next(
     (names for kind, names in kinds.items() if kind in args.env_id), ("pqn_gymnax", "pqn_cartpole")
@@ -54,12 +55,14 @@ result = {
     "run_seconds": seconds,
     "steps_per_second": int(results["runner_state"][0].timesteps.sum()) / seconds,
 }
+metrics = results["metrics"]
+steps = np.asarray(metrics["env_step"])[0]
 if args.evaluate:
-    metrics = results["metrics"]
-    steps = np.asarray(metrics["env_step"])[0]
-    interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
-    result["global_step"] = steps[interval - 1 :: interval].tolist()
-    result["returns"] = np.asarray(metrics["test/returned_episode_returns"])[
-        :, interval - 1 :: interval
-    ].tolist()
+    interval = max(1, int(config["NUM_UPDATES"] * config["TEST_INTERVAL"]))
+    evaluated = slice(interval - 1, None, interval)
+    returns = np.asarray(metrics["test/returned_episode_returns"])[:, evaluated]
+    result |= {"global_step": steps[evaluated].tolist(), "returns": returns.tolist()}
+elif args.curve:  # of the last episode of each environment: zero until one has ended
+    returns = np.asarray(metrics["returned_episode_returns"])
+    result |= {"global_step": steps.tolist(), "returns": returns.tolist()}
 print(json.dumps(result))

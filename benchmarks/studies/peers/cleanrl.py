@@ -1,9 +1,9 @@
-"""CleanRL's ppo.py or another of its scripts, timed: run it with the Python of CleanRL's own environment.
+"""CleanRL's ppo.py or another of its scripts, timed: run it with the Python of CleanRL.
 
-    python benchmarks/peer_cleanrl.py path/to/cleanrl/ppo.py --total-timesteps 100000
+    python benchmarks/studies/peers/cleanrl.py path/to/cleanrl/ppo.py --total-timesteps 100000
 
-Prints one line of JSON: steps per second as the script itself counts them (its start-up not included), seconds of the
-whole process, and the mean of its last twenty episodes.
+Prints a line of JSON: steps per second as the script itself counts them (its start-up not
+included), seconds of the whole process, and the mean return of its last twenty episodes.
 """
 
 import json

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# PQL on Pendulum and ant.
+# Run it whole, or copy a command: each works from the root of the repository. See README.md here.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_pendulum \
+    --title Pendulum-v1 --line=-200 \
+    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5" \
+    --curve "PQL=pql_isaac_style" \
+    --curve "PQL-D=pql_isaac_style --algorithm pql_d --reward-scale 0.01" \
+    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n"
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
+    --title "Pendulum-v1, exploration noise" --line=-200 --num-seeds 4 \
+    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
+    --curve "mixed=pql_isaac_style" \
+    --curve "0.2=pql_isaac_style --stddev-min 0.2 --stddev-max 0.2" \
+    --curve "0.4=pql_isaac_style --stddev-min 0.4 --stddev-max 0.4" \
+    --curve "0.6=pql_isaac_style --stddev-min 0.6 --stddev-max 0.6" \
+    --curve "0.8=pql_isaac_style --stddev-min 0.8 --stddev-max 0.8"
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_beta_pv \
+    --title "Pendulum-v1, policy : value updates" --line=-200 --num-seeds 4 \
+    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
+    --curve "1:1=pql_isaac_style --policy-updates 8" \
+    --curve "1:2=pql_isaac_style" \
+    --curve "1:4=pql_isaac_style --policy-updates 2"
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_beta_av \
+    --title "Pendulum-v1, steps : value updates" --line=-200 --num-seeds 4 \
+    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
+    --curve "1:4=pql_isaac_style --critic-updates 4 --policy-updates 2" \
+    --curve "1:8=pql_isaac_style" \
+    --curve "1:12=pql_isaac_style --critic-updates 12 --policy-updates 6"
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_num_envs \
+    --title Pendulum-v1 --line=-200 --num-seeds 4 --x steps seconds \
+    --flags="--env-id Pendulum-v1 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5" \
+    --curve "64 environments=pql_isaac_style --num-envs 64 --num-steps 64 --warmup-steps 64" \
+    --curve "128 environments=pql_isaac_style --num-envs 128 --num-steps 32 --warmup-steps 32" \
+    --curve "512 environments=pql_isaac_style --num-envs 512 --num-steps 8 --warmup-steps 8" \
+    --curve "1024 environments=pql_isaac_style --num-envs 1024 --num-steps 4 --warmup-steps 4"
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_ant \
+    --title ant --num-seeds 3 --x steps seconds \
+    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 512 --hidden-sizes 256 128 --buffer-size 1000000 --reward-scale 0.1 --eval-interval 5 --eval-episodes 16 --total-timesteps 250000" \
+    --curve "PQL=pql_isaac_style" \
+    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n" \
+    --peer 'PPO of brax=$BRAX benchmarks/studies/peers/brax_ppo.py --num-seeds 3 --total-timesteps 1000000'
+
+python benchmarks/throughput.py pql_isaac_style --out benchmarks/results/pql_throughput \
+    --num-envs 64 512 4096 --steps-per-env 160 \
+    --flags="--env-id Pendulum-v1 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --buffer-size 200000 --eval-episodes 16"
+
+python benchmarks/throughput.py pql_isaac_style --out benchmarks/results/pql_throughput_ddpg_n \
+    --num-envs 64 512 4096 --steps-per-env 160 \
+    --flags="--env-id Pendulum-v1 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --buffer-size 200000 --eval-episodes 16 --algorithm ddpg_n"

@@ -1,0 +1,171 @@
+"""RESULTS.md is what its files give, and every tool of benchmarks/ runs, at tiny sizes."""
+
+import functools
+import importlib
+import itertools
+import json
+import re
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, flags
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
+import common
+import curves
+import gpu
+import pictures
+import speed
+import tables
+import throughput
+
+TINY = shlex.join(flags("pqn_cartpole"))
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """Scripts and rows run in this process: most of a process is JAX's start. Returns a path."""
+
+    def run_script(script, flags, runs_dir):
+        module = importlib.import_module(script)
+        run_dir = module.main(module.parse_args([*flags, "--runs-dir", str(runs_dir)]))
+        return run_dir, json.loads((run_dir / "metadata.json").read_text())
+
+    monkeypatch.setattr(common, "run_script", run_script)
+    monkeypatch.setattr(throughput, "measure_alone", throughput.measure)
+    return tmp_path / "study"
+
+
+def load(out):
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def test_results_are_of_the_files():
+    template = tables.TEMPLATE.read_text()
+    assert tables.fill(template) == tables.RESULTS_MD.read_text(), "run studies/tables.py"
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", tables.RESULTS_MD.read_text()):
+        assert (tables.RESULTS_MD.parent / path).exists(), path
+    named = {
+        name for names in re.findall(r"<!-- study (.*?) -->", template) for name in names.split()
+    }
+    files = common.RESULTS.rglob("*.json")
+    assert {str(path.relative_to(common.RESULTS).with_suffix("")) for path in files} <= named
+
+
+def test_commands_of_the_studies_parse():
+    """Each writes a file of its own and gives the scripts flags that they take."""
+    names = []
+    for path in sorted((ROOT / "benchmarks" / "studies").glob("*.sh")):
+        for line in path.read_text().replace("\\\n", "").splitlines():
+            if not line.startswith("python "):
+                continue
+            _, tool, *arguments = shlex.split(line)
+            assert (ROOT / tool).exists()
+            names.append(arguments[arguments.index("--out") + 1])
+            given = [x.removeprefix("--flags=") for x in arguments if x.startswith("--flags=")]
+            after = itertools.pairwise(arguments)
+            own = [text.partition("=")[2].split() for flag, text in after if flag == "--curve"]
+            for script, *further in own or [[arguments[0]]]:
+                module = importlib.import_module(script)
+                if "throughput" not in tool:
+                    module.parse_args([*shlex.split(" ".join(given)), *further])
+    assert len(names) == len(set(names))
+
+
+def test_throughput(in_process, capsys):
+    options = {"num_envs": (4,), "num_seeds": (2,), "steps_per_env": 32, "repeats": 2}
+    tiny = "--num-steps 8 --num-minibatches 2 --hidden-size 8 --eval-episodes 4"
+    throughput.main(("pqn_cartpole",), flags=tiny, out=in_process, **options)
+    (row,) = load(in_process)["rows"]
+    assert row["env_steps"] == 2 * 4 * 32
+    gradient_steps = row["gradient_steps_per_second"] * np.median(row["run_seconds"])
+    updates, epochs, minibatches = 4, 4, 2
+    np.testing.assert_allclose(gradient_steps, 2 * updates * epochs * minibatches)
+    assert row["final_return"][0] > 0
+    assert in_process.with_suffix(".png").exists()
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 1 + 1
+
+
+def test_curves(in_process, monkeypatch):
+    told = {"global_step": [100, 200], "returns": [[1, 2], [3, 4]], "compile_seconds": 1.0}
+    told |= {"run_seconds": 2.0, "steps_per_second": 200.0}
+    monkeypatch.setenv("PEER", shlex.join([sys.executable, "-c", f"print('{json.dumps(told)}')"]))
+    monkeypatch.delenv("ABSENT", raising=False)
+    curves.main(
+        curve=("PQN=pqn_cartpole --norm none",),
+        peer=("PureJaxQL=$PEER", "Myriad=$ABSENT --curve"),
+        num_seeds=2,
+        x=("steps", "seconds"),
+        flags=TINY,
+        out=in_process,
+    )
+    study = load(in_process)
+    assert list(study["curves"]) == ["PQN", "PureJaxQL"]
+    ours, peer = study["curves"].values()
+    assert np.shape(ours["returns"]) == (2, 3)  # 12 updates, an evaluation every 4
+    assert ours["global_step"] == [128, 256, 384]
+    assert ours["steps_per_second"] == pytest.approx(2 * 384 / ours["run_seconds"])
+    assert peer["returns"] == told["returns"]
+    seconds = pictures.x_values(peer, "seconds")
+    assert seconds.tolist() == [2, 3]
+    for suffix in ("", "_seconds"):
+        assert in_process.with_name(f"study{suffix}.png").exists()
+
+
+def test_speed(in_process, monkeypatch):
+    told = json.dumps({"steps_per_second": 1.0, "compile_seconds": 0})
+    monkeypatch.setenv("PEER", shlex.join([sys.executable, "-c", f"print('{told}')"]))
+    speed.main("pqn_cartpole", flags=TINY, peer="PureJaxQL=$PEER", repeats=1, out=in_process)
+    study = load(in_process)
+    ours = study["medians"]["pqn_cartpole"]["steps_per_second"]
+    assert study["ratios"]["steps_per_second"] == ours > 0
+
+
+def test_gpu(in_process):
+    gpu.main(("cartpole_seeds",), tiny=True, out=in_process)
+    rows = load(in_process / "cartpole_seeds")["rows"]
+    assert [row["env_steps"] for row in rows] == [4 * 128, 2 * 4 * 128]
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_gpu_commands(monkeypatch, tiny, tmp_path):
+    """Every command is one that its tool takes, with scripts' flags that these take."""
+    seen = []
+
+    def stub(main):
+        return functools.wraps(main)(lambda *names, **options: seen.append((names, options)))
+
+    monkeypatch.setattr(gpu, "TOOLS", {tool: stub(main) for tool, main in gpu.TOOLS.items()})
+    gpu.main(tiny=tiny, out=tmp_path)
+    assert [options["out"].name for _, options in seen] == [name for name, *_ in gpu.STUDIES]
+    for names, options in seen:
+        scripts = [curve.partition("=")[2] for curve in options.get("curve", ())] or names
+        for script in scripts if isinstance(scripts[0], str) else scripts[0]:
+            importlib.import_module(script).parse_args(shlex.split(options["flags"]))
+
+
+def test_a_script_runs_as_a_person_runs_it(tmp_path):
+    run_dir, metadata = common.run_script("pqn_cartpole", shlex.split(TINY), tmp_path)
+    assert (run_dir / "metrics.csv").exists()
+    assert metadata["peak_memory_gib"] > 0
+
+
+def test_bands_stay_within_returns():
+    """The interquartile mean drops the extremes; its interval lies within the returns."""
+    returns = np.array([[500.0]] * 9 + [[0.0]])
+    line, low, high, word = pictures.summary({"returns": returns})
+    assert line == 500 and 0 <= low <= high == 500 and "IQM" in word
+    line, low, high, _ = pictures.summary({"returns": returns[-3:]})
+    assert (line, low, high) == (1000 / 3, 0, 500)
+
+
+def test_bins():
+    """Means over neighbouring updates, at most 200, without those in which a seed has none."""
+    returns = np.full((2, 1000), 3.0)
+    returns[:, :10] = np.nan
+    returns[1, 990:] = np.nan
+    steps, means = curves.in_bins(np.arange(1000), returns)
+    assert len(steps) < 200 and np.unique(means).tolist() == [3]
+    assert 980 < steps[-1] < 999
