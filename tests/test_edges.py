@@ -55,18 +55,19 @@ class Endless(Ring):
 class ImageRing(Ring):
     """The ring in planes, as MinAtar draws its games."""
 
-    observation_space = staticmethod(lambda params: spaces.Box(0, 1, (5, 5, 5), jnp.float32))
+    observation_space = staticmethod(lambda params: spaces.Box(0, 1, (10, 10, 5), jnp.float32))
 
-    def get_obs(self, obs):
-        return jnp.broadcast_to(obs, (5, 5, 5))
+    @staticmethod
+    def in_planes(obs):
+        return jnp.broadcast_to(obs, (10, 10, 5))
 
     def step_env(self, key, state, action, params):
         obs, *rest = super().step_env(key, state, action, params)
-        return self.get_obs(obs), *rest
+        return self.in_planes(obs), *rest
 
     def reset_env(self, key, params):
         obs, state = super().reset_env(key, params)
-        return self.get_obs(obs), state
+        return self.in_planes(obs), state
 
 
 for env in (Ring, LongRing, Endless, ImageRing):
@@ -93,7 +94,7 @@ def test_truncation_by_a_rule_of_its_own(script, games, env_id, num_steps):
     settings = {"gamma": 0.8, "td_lambda": 0.0, "learning_rate": 3e-3, "reward_scale": 1.0}
     config = script.Config(env_id=env_id, **sizes, **settings)
     state, _ = jax.jit(script.make_train(config))(jax.random.key(0))
-    places = jnp.eye(5) if env_id != "ImageRing" else jax.vmap(ImageRing().get_obs)(jnp.eye(5))
+    places = jnp.eye(5) if env_id != "ImageRing" else jax.vmap(ImageRing.in_planes)(jnp.eye(5))
     values = script.QNetwork(2, config).apply(state.variables, places).max(-1)
     np.testing.assert_allclose(values, 0.8 ** jnp.array([3, 2, 1, 0, 4]) / (1 - 0.8**5), atol=0.002)
 

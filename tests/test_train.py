@@ -92,16 +92,6 @@ def test_past_the_end(script, config, chunks):
     assert_equal(*weights)
 
 
-def test_vmapped_seed_equals_the_seed_alone(script, config, chunk):
-    train = script.make_train(config)
-    states, metrics = jax.jit(jax.vmap(lambda key: train(key, num_updates=4)))(KEYS)
-    for i in range(3):
-        state, alone = chunk(jax.jit(train.init)(KEYS[i]))
-        together = jax.tree.map(lambda x, i=i: x[i], (states, metrics))
-        assert_equal(together[0][0], state[0], atol=1e-5)  # the parameters
-        assert_equal(together[1], alone, atol=1e-4)
-
-
 OTHER_VALUES = {
     "learning_rate": 1e-2, "gamma": 0.9, "td_lambda": 0.1, "gae_lambda": 0.1, "clip_coef": 0.05,
     "ent_coef": 0.1, "vf_coef": 0.1, "tau": 0.3, "epsilon_start": 0.5, "epsilon_finish": 0.4,
@@ -111,24 +101,31 @@ OTHER_VALUES = {
 }  # fmt: skip
 
 
-def test_traced_hyperparameters(script, config, chunks):
-    """Every float that is a hyperparameter at once, two values of each in one program.
+def test_vmapped_over_seeds_and_hyperparameters(script, config, chunk):
+    """Three seeds, and one with other values of every float, in one program: as each run alone.
 
-    For a third of a run: two programs round differently, and many gradient steps make much of it.
+    Only some updates, as programs round differently and gradient steps make much of it; and
+    without bootstrapping where nothing is truncated, which changes nothing.
     """
     floats = {field.name for field in dataclasses.fields(config) if field.type is float}
     floats -= {"checkpoint_interval", "sticky_action_prob", "resets_per_step"}
     assert floats <= set(OTHER_VALUES)
     others = {name: OTHER_VALUES[name] for name in floats}
 
-    def start(hyperparameters):
-        train = script.make_train(dataclasses.replace(config, **hyperparameters))
-        return train(KEYS[1], num_updates=4)[1]
+    def start(key, hyperparameters):
+        changes = hyperparameters | {"bootstrap_on_truncation": False}
+        train = script.make_train(dataclasses.replace(config, **changes))
+        return train(key, num_updates=4)
 
-    pairs = {name: jnp.array([getattr(config, name), other]) for name, other in others.items()}
-    swept = jax.jit(jax.vmap(start))(pairs)
-    for i, alone in enumerate((chunks[0][1], jax.jit(lambda: start(others))())):
-        assert_equal(jax.tree.map(lambda x, i=i: x[i], swept), alone, rtol=1e-3, atol=1e-4)
+    values = {name: jnp.array([getattr(config, name)] * 3 + [x]) for name, x in others.items()}
+    keys = KEYS[jnp.array([0, 1, 2, 1])]
+    states, metrics = jax.jit(jax.vmap(start))(keys, values)
+    init = jax.jit(script.make_train(config).init)
+    alone = [chunk(init(key)) for key in KEYS] + [jax.jit(lambda key: start(key, others))(KEYS[1])]
+    for i, (state, expected) in enumerate(alone):
+        assert_equal(jax.tree.map(lambda x, i=i: x[i], states[0]), state[0], atol=1e-4)
+        mine = jax.tree.map(lambda x, i=i: x[i], metrics)
+        assert_equal(mine, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_metrics(script, config, run):
@@ -280,13 +277,6 @@ def test_truncation_is_not_an_end(script, config, bootstrap, monkeypatch):
         np.testing.assert_allclose(values, 1 / (1 - 0.8), atol=0.1)
     else:
         assert (values < 4).all()
-
-
-def test_truncation_flag_changes_nothing_without_truncation(script, config, chunks):
-    train = script.make_train(dataclasses.replace(config, bootstrap_on_truncation=False))
-    results = jax.jit(lambda key: train(key, num_updates=4))(KEYS[1])
-    # The compiler may sum in another order, as it is another program.
-    assert_equal(results[1], chunks[0][1], rtol=1e-5, atol=1e-5)
 
 
 @only("norm")
