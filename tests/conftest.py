@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 # compiled.
 FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
+# For programs that run long enough to be worth more: options of jax.jit.
+WELL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
 # Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 5.
@@ -61,12 +63,12 @@ def one_with(*names: str):
 
 
 def pytest_collection_modifyitems(items):
-    """The tests of a file go to one process, script by script."""
+    """Tests that share a compiled program go to one process; the longest of the others begin."""
     for item in items:
-        of = getattr(item, "callspec", None)
-        params = of.params if of else {}
-        name = params.get("script", params.get("command", ""))
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+        if item.path.stem == "test_train":
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["script"]))
+        if item.path.stem in ("test_host", "test_bad_flags"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def flags(script: str) -> list[str]:

@@ -76,7 +76,7 @@ def test_commands_of_the_studies_parse():
 
 def test_throughput(in_process, capsys):
     options = {"num_envs": (4,), "num_seeds": (2,), "steps_per_env": 32, "repeats": 2}
-    tiny = "--num-steps 8 --num-minibatches 2 --hidden-size 8 --eval-episodes 4"
+    tiny = "--num-steps 8 --num-minibatches 2 --hidden-size 8 --eval-episodes 4 --num-layers 1"
     throughput.main(("pqn_cartpole",), flags=tiny, out=in_process, **options)
     (row,) = load(in_process)["rows"]
     assert row["env_steps"] == 2 * 4 * 32
@@ -104,8 +104,8 @@ def test_curves(in_process, monkeypatch):
     study = load(in_process)
     assert list(study["curves"]) == ["PQN", "PureJaxQL"]
     ours, peer = study["curves"].values()
-    assert np.shape(ours["returns"]) == (2, 3)  # 12 updates, an evaluation every 4
-    assert ours["global_step"] == [128, 256, 384]
+    assert np.shape(ours["returns"]) == (2, 3)  # 12 updates, an evaluation every 5
+    assert ours["global_step"] == [160, 320, 384]
     assert ours["steps_per_second"] == pytest.approx(2 * 384 / ours["run_seconds"])
     assert peer["returns"] == told["returns"]
     seconds = pictures.x_values(peer, "seconds")
@@ -114,19 +114,16 @@ def test_curves(in_process, monkeypatch):
         assert in_process.with_name(f"study{suffix}.png").exists()
 
 
-def test_speed(in_process, monkeypatch):
+def test_speed(tmp_path, monkeypatch):
+    """With the script in a process of its own, as a person runs it."""
+    out = tmp_path / "study"
     told = json.dumps({"steps_per_second": 1.0, "compile_seconds": 0})
     monkeypatch.setenv("PEER", shlex.join([sys.executable, "-c", f"print('{told}')"]))
-    speed.main("pqn_cartpole", flags=TINY, peer="PureJaxQL=$PEER", repeats=1, out=in_process)
-    study = load(in_process)
+    speed.main("pqn_cartpole", flags=TINY, peer="PureJaxQL=$PEER", repeats=1, out=out)
+    study = load(out)
+    assert study["medians"]["pqn_cartpole"]["peak_memory_gib"] > 0
     ours = study["medians"]["pqn_cartpole"]["steps_per_second"]
     assert study["ratios"]["steps_per_second"] == ours > 0
-
-
-def test_gpu(in_process):
-    gpu.main(("cartpole_seeds",), tiny=True, out=in_process)
-    rows = load(in_process / "cartpole_seeds")["rows"]
-    assert [row["env_steps"] for row in rows] == [4 * 128, 2 * 4 * 128]
 
 
 @pytest.mark.parametrize("tiny", [False, True])
@@ -144,12 +141,6 @@ def test_gpu_commands(monkeypatch, tiny, tmp_path):
         scripts = [curve.partition("=")[2] for curve in options.get("curve", ())] or names
         for script in scripts if isinstance(scripts[0], str) else scripts[0]:
             importlib.import_module(script).parse_args(shlex.split(options["flags"]))
-
-
-def test_a_script_runs_as_a_person_runs_it(tmp_path):
-    run_dir, metadata = common.run_script("pqn_cartpole", shlex.split(TINY), tmp_path)
-    assert (run_dir / "metrics.csv").exists()
-    assert metadata["peak_memory_gib"] > 0
 
 
 def test_bands_stay_within_returns():

@@ -18,21 +18,24 @@ from test_train import assert_equal
 import pqn_rnn_craftax as rnn
 
 TINY = rnn.Config(**SCRIPTS["pqn_rnn_craftax"])
+LSTM, NORM = rnn.LSTM(5, 1.0), rnn.BatchRenorm(momentum=0.9)
+init_lstm, apply_lstm = jax.jit(LSTM.init), jax.jit(LSTM.apply)
+apply_norm = jax.jit(functools.partial(NORM.apply, train=True, mutable=["batch_stats"]))
 
 
 @given(resets=st.floats(0, 1), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_lstm_with_resets(resets, seed):
     """One pass is step after step, from a hidden state that is zero where an episode begins."""
-    lstm, rng = rnn.LSTM(5, 1.0), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     x = rng.normal(size=(12, 2, 3)).astype(np.float32)
     hidden = tuple(rng.normal(size=(2, 2, 5)).astype(np.float32))
     clear = rng.random((12, 2)) < resets
-    params, apply = jax.jit(lstm.init)(jax.random.key(seed), hidden, x, clear), jax.jit(lstm.apply)
-    last, whole = apply(params, hidden, x, clear)
+    params = init_lstm(jax.random.key(seed), hidden, x, clear)
+    last, whole = apply_lstm(params, hidden, x, clear)
     for t in range(12):
         hidden = [np.where(clear[t, :, None], 0, h) for h in hidden]
-        hidden, out = apply(params, tuple(hidden), x[t : t + 1], np.zeros((1, 2), bool))
+        hidden, out = apply_lstm(params, tuple(hidden), x[t : t + 1], np.zeros((1, 2), bool))
         np.testing.assert_allclose(whole[t], out[0], atol=1e-6)
     assert_equal(last, hidden, atol=1e-6)
 
@@ -111,9 +114,7 @@ def test_without_memory_the_past_is_forgotten():
 def test_batch_renorm(batch, updates, first_steps, seed):
     """Against the paper's algorithm in NumPy, with bounds that bite and bounds that do not."""
     rng = np.random.default_rng(seed)
-    norm = rnn.BatchRenorm(momentum=0.9)
-    train = jax.jit(functools.partial(norm.apply, train=True, mutable=["batch_stats"]))
-    variables = norm.init(jax.random.key(0), jnp.zeros((1, 3)), True)
+    variables = NORM.init(jax.random.key(0), jnp.zeros((1, 3)), True)
     scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
     variables = variables | {"params": {"scale": scale, "bias": bias}}
     stats = {
@@ -124,7 +125,7 @@ def test_batch_renorm(batch, updates, first_steps, seed):
     mean, var = stats["mean"].astype(np.float64), stats["var"].astype(np.float64)
     for update in range(updates):
         x = (rng.normal(size=(4, batch, 3)) * [0.1, 1, 5] + [0, 20, 1]).astype(np.float32)
-        y, changed = train(variables, x)
+        y, changed = apply_norm(variables, x)
         variables = variables | changed
         rows = x.reshape(-1, 3).astype(np.float64)
         std, running_std = np.sqrt(rows.var(0) + 1e-3), np.sqrt(var + 1e-3)
@@ -135,7 +136,7 @@ def test_batch_renorm(batch, updates, first_steps, seed):
         np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
         mean, var = 0.9 * mean + 0.1 * rows.mean(0), 0.9 * var + 0.1 * rows.var(0)
     np.testing.assert_allclose(
-        norm.apply(variables, x, False),
+        NORM.apply(variables, x, False),
         (x - mean) / np.sqrt(var + 1e-3) * scale + bias,
         rtol=1e-3,
         atol=1e-3,

@@ -213,7 +213,7 @@ def test_full_disk(command):
 
 DIVERGING = {
     "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
-    "dqn_cartpole": "--hidden-sizes" + " 64" * 40,
+    "dqn_cartpole": "--hidden-sizes" + " 64" * 20,
 }
 
 
@@ -254,16 +254,19 @@ def test_two_hosts(command):
         process.kill()
         process.communicate()
     folder = run_folder(command)
-    for process in start_hosts(command, "--distributed", f"--resume={folder}"):
+    for process in start_hosts(command, *flags, "--distributed", f"--resume={folder}"):
         finish(process)
     assert results(folder) == results(run_folder(command, "one"))
+
+
+ENV_IDS = {"dqn_cartpole": "CartPole-v1", "pql_isaac_style": "Pendulum-v1"}
 
 
 @only("replay_insert")
 def test_replay_too_large_is_refused(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        script.main(script.parse_args(["--buffer-size=2e9"]))
+        script.main(script.parse_args(["--buffer-size=2e9", "--env-id", ENV_IDS[script.__name__]]))
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert "--buffer-size is 2000000000" in last_line and "GiB" in last_line
