@@ -151,6 +151,12 @@ def test_metrics(script, config, run):
     np.testing.assert_allclose(metrics["charts/learning_rate"], expected, rtol=1e-5)
 
 
+def test_no_key_is_used_twice(script, config):
+    """JAX follows every key through the whole program, and raises KeyReuseError."""
+    with jax.debug_key_reuse(True):
+        jax.jit(script.make_train(config)).lower(KEYS[0])
+
+
 def primitives(jaxpr):
     """Names of all primitives in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:

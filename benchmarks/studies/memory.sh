@@ -4,14 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python benchmarks/studies/curves.py --out benchmarks/results/craftax_memory \
-    --title "MemoryChain-bsuite, 100 steps" --line 1 \
-    --flags="--env-id MemoryChain-bsuite --env-params memory_length=100 --num-envs 32 --num-minibatches 16 --learning-rate 1e-3 --td-lambda 1 --epsilon-finish 0.01 --max-grad-norm 0.1 --hidden-size 128 --no-norm-input --forget-bias 5 --total-timesteps 2e5 --eval-interval 4" \
-    --curve "LSTM=pqn_rnn_craftax" \
-    --curve "no memory=pqn_rnn_craftax --no-memory"
-
+# Seeds that no setting was chosen on.
 python benchmarks/studies/curves.py --out benchmarks/results/memory \
     --title "MemoryChain-bsuite, 100 steps" --line 1 --num-seeds 16 \
-    --flags="--env-id MemoryChain-bsuite --env-params memory_length=100 --num-envs 32 --num-minibatches 16 --learning-rate 1e-3 --td-lambda 1 --epsilon-finish 0.01 --max-grad-norm 0.1 --hidden-size 128 --no-norm-input --forget-bias 5 --total-timesteps 2e5 --eval-interval 4" \
+    --flags="--env-id MemoryChain-bsuite --env-params memory_length=100 --num-envs 32 --num-minibatches 16 --learning-rate 1e-3 --td-lambda 1 --epsilon-finish 0.01 --max-grad-norm 0.1 --hidden-size 128 --forget-bias 5 --total-timesteps 2e5 --eval-interval 4 --seed 3000" \
     --curve "PQN with LSTM=pqn_rnn_craftax" \
-    --peer 'PureJaxQL=$PUREJAXQL benchmarks/studies/peers/purejaxql_pqn.py --env-id MemoryChain-bsuite --num-seeds 16 --total-timesteps 200000 --evaluate --set TEST_NUM_STEPS=128'
+    --curve "no memory=pqn_rnn_craftax --no-memory" \
+    --peer 'PureJaxQL=$PUREJAXQL benchmarks/studies/peers/purejaxql_pqn.py --env-id MemoryChain-bsuite --num-seeds 16 --total-timesteps 100000 --evaluate --set TEST_NUM_STEPS=101'
