@@ -24,13 +24,13 @@ SIZES = {"num_envs": 4, "total_timesteps": 12 * 32, "eval_interval": 5, "eval_ep
 SIZES |= {"anneal_lr": True}
 ROLLOUTS = SIZES | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_size": 16}
 SCRIPTS = {
-    "pqn_cartpole": ROLLOUTS,
+    "pqn_cartpole": ROLLOUTS | {"num_layers": 1},
     "pqn_minatar": ROLLOUTS | {"num_channels": 4},
-    "ppo_cartpole": ROLLOUTS,
+    "ppo_cartpole": ROLLOUTS | {"num_layers": 1},
     "dqn_cartpole": SIZES
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
-    "pqn_rnn_craftax": ROLLOUTS | {"env_id": "MemoryChain-bsuite"},
+    "pqn_rnn_craftax": ROLLOUTS | {"num_layers": 1, "env_id": "MemoryChain-bsuite"},
     "pql_isaac_style": SIZES
     | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
     | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},

@@ -31,25 +31,58 @@ def assert_equal(first, second, **tolerance):
             np.testing.assert_array_equal(a, b)
 
 
+OTHER_VALUES = {
+    "learning_rate": 1e-2, "gamma": 0.9, "td_lambda": 0.1, "gae_lambda": 0.1, "clip_coef": 0.05,
+    "ent_coef": 0.1, "vf_coef": 0.1, "tau": 0.3, "epsilon_start": 0.5, "epsilon_finish": 0.4,
+    "epsilon_decay": 0.9, "max_grad_norm": 0.01, "reward_scale": 0.5, "forget_bias": 3.0,
+    "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
+    "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0,
+}  # fmt: skip
+
+
+def make_train_of(script, config, values, **changes):
+    return script.make_train(dataclasses.replace(config, **values, **changes))
+
+
 @pytest.fixture(scope="module")
-def run(script, config):
+def values(config):
+    """Every float that is a hyperparameter: the programs below take them as arguments."""
+    floats = {field.name for field in dataclasses.fields(config) if field.type is float}
+    floats -= {"checkpoint_interval", "sticky_action_prob", "resets_per_step"}
+    assert floats <= set(OTHER_VALUES)
+    return {name: getattr(config, name) for name in floats}
+
+
+@pytest.fixture(scope="module")
+def run(script, config, values):
     """The whole run in one program, a function of a key."""
-    return jax.jit(script.make_train(config))
+
+    program = jax.jit(lambda key, values: make_train_of(script, config, values)(key))
+    return lambda key: program(key, values)
 
 
 @pytest.fixture(scope="module")
 def chunk(script, config):
     """Four updates of a state, which is donated."""
-    train = script.make_train(config)
-    return jax.jit(lambda state: train(state=state, num_updates=4), donate_argnums=0)
+
+    def four_updates(state, values):
+        return make_train_of(script, config, values)(state=state, num_updates=4)
+
+    return jax.jit(four_updates, donate_argnums=0)
 
 
 @pytest.fixture(scope="module")
-def chunks(script, config, chunk):
+def init(script, config):
+    """The first state."""
+    return jax.jit(lambda key, values: make_train_of(script, config, values).init(key))
+
+
+@pytest.fixture(scope="module")
+def chunks(init, chunk, values):
     """States and metrics of seed 3 after each of five chunks: the run, and eight updates more."""
-    state, results = jax.jit(script.make_train(config).init)(KEYS[1]), []
+    state, results = init(KEYS[1], values), []
     for _ in range(5):
-        state, metrics = chunk(state)
+        state, metrics = chunk(state, values)
         results.append((jax.tree.map(jnp.copy, state), metrics))
     return results
 
@@ -69,9 +102,9 @@ def test_chunks_equal_one_run(run, chunks):
     )
 
 
-def test_first_state_holds_no_buffer_twice(script, config, chunk):
+def test_first_state_holds_no_buffer_twice(script, config, chunk, values):
     """Made outside of jit it can be donated, too."""
-    _, metrics = chunk(script.make_train(config).init(KEYS[0]))
+    _, metrics = chunk(script.make_train(config).init(KEYS[0]), values)
     assert np.isfinite(metrics["charts/learning_rate"]).all()
 
 
@@ -92,40 +125,26 @@ def test_past_the_end(script, config, chunks):
     assert_equal(*weights)
 
 
-OTHER_VALUES = {
-    "learning_rate": 1e-2, "gamma": 0.9, "td_lambda": 0.1, "gae_lambda": 0.1, "clip_coef": 0.05,
-    "ent_coef": 0.1, "vf_coef": 0.1, "tau": 0.3, "epsilon_start": 0.5, "epsilon_finish": 0.4,
-    "epsilon_decay": 0.9, "max_grad_norm": 0.01, "reward_scale": 0.5, "forget_bias": 3.0,
-    "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
-    "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0,
-}  # fmt: skip
-
-
-def test_vmapped_over_seeds_and_hyperparameters(script, config, chunk):
+def test_vmapped_over_seeds_and_hyperparameters(script, config, init, chunk, values):
     """Three seeds, and one with other values of every float, in one program: as each run alone.
 
-    Only some updates, as programs round differently and gradient steps make much of it; and
-    without bootstrapping where nothing is truncated, which changes nothing.
+    Only some updates, as programs round differently and gradient steps make much of it; without
+    evaluation and, where nothing is truncated, without bootstrapping, which changes nothing.
     """
-    floats = {field.name for field in dataclasses.fields(config) if field.type is float}
-    floats -= {"checkpoint_interval", "sticky_action_prob", "resets_per_step"}
-    assert floats <= set(OTHER_VALUES)
-    others = {name: OTHER_VALUES[name] for name in floats}
+    others = {name: OTHER_VALUES[name] for name in values}
+    changes = {"bootstrap_on_truncation": False, "eval_interval": 0}
 
-    def start(key, hyperparameters):
-        changes = hyperparameters | {"bootstrap_on_truncation": False}
-        train = script.make_train(dataclasses.replace(config, **changes))
-        return train(key, num_updates=4)
+    def start(key, values):
+        return make_train_of(script, config, values, **changes)(key, num_updates=4)
 
-    values = {name: jnp.array([getattr(config, name)] * 3 + [x]) for name, x in others.items()}
-    keys = KEYS[jnp.array([0, 1, 2, 1])]
-    states, metrics = jax.jit(jax.vmap(start))(keys, values)
-    init = jax.jit(script.make_train(config).init)
-    alone = [chunk(init(key)) for key in KEYS] + [jax.jit(lambda key: start(key, others))(KEYS[1])]
-    for i, (state, expected) in enumerate(alone):
-        assert_equal(jax.tree.map(lambda x, i=i: x[i], states[0]), state[0], atol=1e-4)
-        mine = jax.tree.map(lambda x, i=i: x[i], metrics)
-        assert_equal(mine, expected, rtol=1e-3, atol=1e-4)
+    cases = [(KEYS[0], values), (KEYS[1], values), (KEYS[2], values), (KEYS[1], others)]
+    together = jax.jit(jax.vmap(start))(*jax.tree.map(lambda *x: jnp.stack(x), *cases))
+    for i, (key, own) in enumerate(cases):
+        state, metrics = chunk(init(key, own), own)
+        metrics.pop("eval/episodic_return")  # there is none yet
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        assert_equal(mine[0][0], state[0], atol=1e-4)  # the parameters
+        assert_equal(mine[1], metrics, rtol=1e-3, atol=1e-4)
 
 
 def test_metrics(script, config, run):
@@ -154,19 +173,19 @@ def test_metrics(script, config, run):
 def test_no_key_is_used_twice(script, config):
     """JAX follows every key through the whole program, and raises KeyReuseError."""
     with jax.debug_key_reuse(True):
-        jax.jit(script.make_train(config)).lower(KEYS[0])
+        jax.jit(script.make_train(config)).lower(jax.random.key(0))
 
 
-def primitives(jaxpr):
-    """Names of all primitives in a jaxpr and in those inside it."""
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for value in jax.tree.leaves(
             equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
         ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from primitives(inner)
+                yield from equations(inner)
 
 
 def test_no_callback_and_evaluation_stays_a_branch_under_vmap(script, config):
@@ -185,9 +204,19 @@ def test_no_callback_and_evaluation_stays_a_branch_under_vmap(script, config):
     cases = [(over_keys, KEYS), (unbatched, states)]
     cases += [(batched, states)] if script.__name__ == "pqn_cartpole" else []
     for function, argument in cases:
-        names = set(primitives(jax.make_jaxpr(function)(argument).jaxpr))
+        jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+        names = {equation.primitive.name for equation in equations(jaxpr)}
         assert ("cond" in names) == (function is not batched)
         assert "scan" in names and not [name for name in names if "callback" in name]
+
+
+def test_every_epoch_is_shuffled_anew(script, config):
+    """One sort of random bits for each epoch, or none where there are none."""
+    jaxpr = jax.make_jaxpr(script.make_train(config))(KEYS[0]).jaxpr
+    sorts = {x.invars[0].aval.shape for x in equations(jaxpr) if x.primitive.name == "sort"}
+    size = {"pqn_rnn_craftax": config.num_envs}.get(script.__name__, 32)
+    epochs = getattr(config, "num_epochs", None)
+    assert (epochs, size) in sorts if epochs else not sorts
 
 
 ENVIRONMENTS = [
@@ -264,27 +293,35 @@ def clock(script):
 
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_truncation_is_not_an_end(script, config, bootstrap, monkeypatch):
-    """All states are the same: a bootstrapped value is 1 / (1 - gamma), however short episodes."""
+    """All states are the same: a bootstrapped value is r / (1 - gamma), however short episodes."""
     if hasattr(script, "GAMES"):
         monkeypatch.setattr(script, "GAMES", ("Clock",))
-    settings = {"total_timesteps": 32 * 800, "eval_interval": 0, "gamma": 0.8}
-    settings |= {"learning_rate": 1e-2, "reward_scale": 1.0, "clip_vloss": False}
+    num_updates = 200 if script.__name__ == "pql_isaac_style" else 800  # which learns more in each
+    settings = {"total_timesteps": 32 * (num_updates + 2), "gamma": 0.8}
+    settings |= {"eval_interval": 800 * bootstrap}
+    settings |= {"learning_rate": 1e-2, "reward_scale": 0.5, "clip_vloss": False}
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
     settings |= {"env_id": clock(script), "bootstrap_on_truncation": bootstrap}
     traces = [name for name in ("td_lambda", "gae_lambda") if hasattr(config, name)]
 
-    def value(trace):
+    def train(trace):
         mine = dataclasses.replace(config, **settings, **dict.fromkeys(traces, trace))
         state, metrics = script.make_train(mine)(jax.random.key(0))
         if "losses/q_values" in metrics:
-            return metrics["losses/q_values"][-1]
-        return script.MLP(1, 1.0, mine).apply(state.params["critic"], jnp.ones(100))[0]
+            return metrics["losses/q_values"][-1], metrics
+        return script.MLP(1, 1.0, mine).apply(state.params["critic"], jnp.ones(100))[0], metrics
 
-    values = jax.jit(jax.vmap(value))(jnp.array([0.0, 0.9] if traces else [0.0]))
+    values, metrics = jax.jit(jax.vmap(train))(jnp.array([0.0, 0.9] if traces else [0.0]))
+    limit = settings.get("reward_scale", 1) / (1 - 0.8)
     if bootstrap:
-        np.testing.assert_allclose(values, 1 / (1 - 0.8), atol=0.1)
+        np.testing.assert_allclose(values, limit, rtol=0.02)
+        # Five rewards of 1 in each episode, however training scales them.
+        np.testing.assert_array_equal(metrics["eval/episodic_return"][:, -1], 5)
+        np.testing.assert_array_equal(metrics["charts/episodic_return"][:, -1], 5)
+        if "losses/entropy" in metrics:  # no action is better: the bonus keeps the policy uniform
+            np.testing.assert_allclose(metrics["losses/entropy"][:, -1], np.log(2), rtol=1e-2)
     else:
-        assert (values < 4).all()
+        assert (values < 0.8 * limit).all()
 
 
 @only("norm")
@@ -298,6 +335,16 @@ def test_norms(script, config, norm):
     if norm == "batch_norm":
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.variables, after.variables)
         assert all(jax.tree.leaves(moved["batch_stats"]))
+
+
+@only("norm_adv")
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_normalised_advantages(script, config, norm_adv):
+    """Their mean, which the first policy loss of an update is, is zero."""
+    sizes = {"num_epochs": 1, "num_minibatches": 1, "eval_interval": 0}
+    train = script.make_train(dataclasses.replace(config, norm_adv=norm_adv, **sizes))
+    _, metrics = jax.jit(lambda key: train(key, num_updates=2))(KEYS[0])
+    assert (np.abs(metrics["losses/policy_loss"]) < 1e-5).all() == norm_adv
 
 
 @only("double_q")
