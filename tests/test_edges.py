@@ -138,6 +138,38 @@ def test_two_billion_steps(script, config, games):
             np.testing.assert_allclose(length, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("script", ["dqn_cartpole"], indirect=True)
+def test_replay_holds_where_a_truncated_step_led(script):
+    """The same values from replay: not those of the next episode's first place."""
+    sizes = {"num_envs": 8, "num_steps": 4, "target_interval": 8, "hidden_sizes": (32,)}
+    sizes |= {"total_timesteps": 100_000, "batch_size": 64, "learning_starts": 1000}
+    settings = {"gamma": 0.8, "learning_rate": 3e-3, "anneal_lr": True, "eval_interval": 0}
+    config = script.Config(env_id="Ring", **sizes, **settings)
+    state, _ = jax.jit(script.make_train(config), compiler_options=WELL)(jax.random.key(0))
+    values = script.QNetwork(2, (32,)).apply(state.params, jnp.eye(5)).max(-1)
+    np.testing.assert_allclose(values, 0.8 ** jnp.array([3, 2, 1, 0, 4]) / (1 - 0.8**5), atol=0.02)
+
+
+@pytest.mark.parametrize("script", ["dqn_cartpole"], indirect=True)
+def test_samples_come_from_the_rows_that_are_filled(script, config, monkeypatch):
+    """Batches that end at once with the number of rows as reward: it is what the loss shows."""
+    sample = script.replay_sample
+
+    def number_of_rows(replay, bits, num_rows):
+        batch = sample(replay, bits, num_rows)
+        reward = jnp.full_like(batch.reward, num_rows)
+        return batch._replace(reward=reward, terminated=jnp.ones_like(batch.terminated))
+
+    monkeypatch.setattr(script, "replay_sample", number_of_rows)
+    config = dataclasses.replace(config, learning_rate=0.0, eval_interval=0, buffer_size=200)
+    _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
+    # Each update adds 4 times 2 rows of 4 environments, up to 50 rows.
+    rows = np.minimum(2 * np.arange(1, 4 * 12 + 1), 50).reshape(12, 4)[2:]
+    losses, q_values = metrics["losses/td_loss"][2:], metrics["losses/q_values"][2:]
+    expected = np.mean((rows - np.asarray(q_values)[:, None]) ** 2, axis=1)
+    np.testing.assert_allclose(losses, expected, rtol=0.01)
+
+
 @pytest.mark.parametrize("script", ["pqn_cartpole", "ppo_cartpole", "dqn_cartpole"], indirect=True)
 def test_environment_without_a_time_limit(script, config):
     config = dataclasses.replace(config, env_id="Endless")

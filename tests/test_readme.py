@@ -1,5 +1,6 @@
-"""What README.md shows is true: its code runs, and the files it links to exist."""
+"""What README.md shows is true: its code runs as written, and what it links to is there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,22 +11,29 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_code_runs(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "pqn_cartpole.py",
-        "--total-timesteps=2048",
-        "--eval-interval=0",
-    ]
+    """In order, in one process, as typed from the folder of the README, with the run it loads."""
+    training = re.search(r"python (pqn_cartpole.py .*--runs-dir runs/short)", README)[1].split()
+    command = [sys.executable, ROOT / training[0], *training[1:], "--total-timesteps=2048"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *blocks])
-    assert len(blocks) == 4
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    shape, greedy, q_values, length = done.stdout.splitlines()
+    assert shape == "(3, 10)"
+    assert len(greedy.strip("[]").split()) == 3 and len(q_values.strip("[]").split()) == 2
+    assert float(length) <= 20
 
 
 def test_files_exist():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for path in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_length():
+    """One page: at most 900 words of prose, code and tables apart, and two tables."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    lines = prose.splitlines()
+    assert len(" ".join(line for line in lines if not line.startswith("|")).split()) <= 900
+    assert sum(line.startswith("|---") for line in lines) <= 2

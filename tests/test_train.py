@@ -147,6 +147,20 @@ def test_vmapped_over_seeds_and_hyperparameters(script, config, init, chunk, val
         assert_equal(mine[1], metrics, rtol=1e-3, atol=1e-4)
 
 
+def test_every_hyperparameter_matters(init, chunk, values):
+    """Another value of any of them gives another run."""
+    base = values | {"learning_rate": 3e-3}
+    _, expected = chunk(init(KEYS[1], base), base)
+    for name in set(values) - {"value_bound"}:  # which is of pql_d alone
+        own = base | {name: OTHER_VALUES[name]}
+        _, metrics = chunk(init(KEYS[1], own), own)
+        differs = [
+            np.any(~(x == y) & ~(np.isnan(x) & np.isnan(y)))
+            for x, y in zip(metrics.values(), expected.values(), strict=True)
+        ]
+        assert any(differs), f"{name} changes nothing"
+
+
 def test_metrics(script, config, run):
     _, metrics = run(KEYS[1])
     number = np.arange(1, config.num_updates + 1)
