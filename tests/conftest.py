@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ sys.path.insert(0, str(ROOT))
 # Most of the time is compiling: do it with less care, and load what another test or process has
 # compiled.
 FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+EXACT = {}  # options of jax.jit for programs that are compared bit for bit
+if version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+    FAST_COMPILING += " --xla_cpu_use_fusion_emitters=false"
+    EXACT = {"xla_cpu_use_fusion_emitters": True}
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
-# For programs that run long enough to be worth more: options of jax.jit.
-WELL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# And for those that run long enough to be worth more.
+WELL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} | EXACT
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
 # Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 5.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import only, warmup
+from conftest import EXACT, only, warmup
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -57,7 +57,10 @@ def values(config):
 def run(script, config, values):
     """The whole run in one program, a function of a key."""
 
-    program = jax.jit(lambda key, values: make_train_of(script, config, values)(key))
+    def train(key, values):
+        return make_train_of(script, config, values)(key)
+
+    program = jax.jit(train, compiler_options=EXACT)
     return lambda key: program(key, values)
 
 
@@ -68,13 +71,17 @@ def chunk(script, config):
     def four_updates(state, values):
         return make_train_of(script, config, values)(state=state, num_updates=4)
 
-    return jax.jit(four_updates, donate_argnums=0)
+    return jax.jit(four_updates, donate_argnums=0, compiler_options=EXACT)
 
 
 @pytest.fixture(scope="module")
 def init(script, config):
     """The first state."""
-    return jax.jit(lambda key, values: make_train_of(script, config, values).init(key))
+
+    def start(key, values):
+        return make_train_of(script, config, values).init(key)
+
+    return jax.jit(start, compiler_options=EXACT)
 
 
 @pytest.fixture(scope="module")
