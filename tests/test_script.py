@@ -214,7 +214,7 @@ def test_full_disk(command):
 
 
 DIVERGING = {
-    "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9",
+    "pqn_cartpole": "--gamma=1 --reward-scale=2e9 --norm=none --max-grad-norm=2e9 --num-layers=3",
     "dqn_cartpole": "--hidden-sizes" + " 64" * 20,
 }
 
