@@ -551,7 +551,9 @@ def make_programs(config: Config, train, mesh: Mesh):
         on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
         return jax.jit(on_devices, out_shardings=out_shardings, **options)
 
-    return over_seeds(init, sharded), over_seeds(run_chunk, (sharded, replicated), donate_argnums=1)
+    # Metrics are gathered only across hosts: XLA aborts when a CPU device waits long for another.
+    gathered = replicated if jax.process_count() > 1 else sharded
+    return over_seeds(init, sharded), over_seeds(run_chunk, (sharded, gathered), donate_argnums=1)
 
 
 def run_folder(config: Config) -> Path:

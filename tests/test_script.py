@@ -3,17 +3,20 @@
 import csv
 import importlib
 import json
+import os
 import random
 import re
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import SCRIPTS, only, warmup
+from conftest import ROOT, SCRIPTS, only, warmup
 from conftest import flags as tiny_flags
 from flax import serialization
 
@@ -233,6 +236,32 @@ def test_nan_is_named(script, tmp_path, capsys):
         if row["losses/grad_norm"] == "nan" and int(row["global_step"]) > learns
     }
     assert nan_updates and {seed: int(update) for seed, update in named} == nan_updates
+
+
+TWO_DEVICES = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import importlib, jax, numpy as np
+from conftest import SCRIPTS
+for name in ("pqn_cartpole", "dqn_cartpole", "pqn_rnn_craftax"):  # whose make_programs differ
+    script = importlib.import_module(name)
+    config = script.Config(**SCRIPTS[name], num_seeds=2)
+    mesh = script.start_devices(config)
+    init, run_chunk = script.make_programs(config, script.make_train(config), mesh)
+    states = init.eval_shape(0, np.arange(2))
+    assert mesh.size == 2
+    program = run_chunk.lower(np.int32(0), states).compile().as_text()
+    assert not [name for name in ("all-gather", "all-reduce") if name in program], name
+"""
+
+
+def test_seeds_on_two_devices_do_not_wait_for_each_other():
+    """XLA aborts a program in which a CPU device waits for another for longer than 40 seconds."""
+    two_devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environ = os.environ | {"XLA_FLAGS": two_devices}
+    command = [sys.executable, "-c", TWO_DEVICES, str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def start_hosts(command, *flags):
