@@ -343,8 +343,8 @@ def make_train(config: Config):
         if not config.bootstrap_on_truncation:
             terminated |= truncated
         rewards = (config.reward_scale * rollout.reward).astype(jnp.float32)
-        flags = terminated, truncated
-        return lambda_returns(rewards, next_values, *flags, config.gamma, config.td_lambda)
+        ends = terminated, truncated
+        return lambda_returns(rewards, next_values, *ends, config.gamma, config.td_lambda)
 
     def loss(params, variables, obs, action, target):
         q, updated = network.apply(

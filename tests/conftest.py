@@ -12,15 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Most of the time is compiling: do it with less care, and load what another test or process has
-# compiled.
+# Most of the time is compiling: optimise less, and load what another test or process compiled.
 FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 EXACT = {}  # options of jax.jit for programs that are compared bit for bit
 if version("jaxlib").startswith("0.10."):  # later ones do not know the flag
     FAST_COMPILING += " --xla_cpu_use_fusion_emitters=false"
     EXACT = {"xla_cpu_use_fusion_emitters": True}
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
-# And for those that run long enough to be worth more.
+# Options for programs that run long enough to be worth optimising.
 WELL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} | EXACT
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
@@ -68,7 +67,7 @@ def one_with(*names: str):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that share a compiled program go to one process; the longest of the others begin."""
+    """Tests that share compiled programs or a run, and the many short ones, go to one process."""
     for item in items:
         if item.path.stem == "test_train":
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["script"]))
