@@ -456,7 +456,6 @@ class Step(NamedTuple):
 class Actor(NamedTuple):
     """Steps the environments."""
 
-    policy: Any  # the P-learner's at the last exchange
     statistics: Statistics
     physics: Any
     obs: jax.Array  # [num_envs, obs_size]
@@ -471,8 +470,6 @@ class VLearner(NamedTuple):
     critic: Any
     target_critic: Any
     opt_state: Any
-    policy: Any  # the P-learner's at the last exchange
-    statistics: Statistics  # the actor's at the last exchange
 
 
 class PLearner(NamedTuple):
@@ -480,8 +477,6 @@ class PLearner(NamedTuple):
 
     policy: Any
     opt_state: Any
-    critic: Any  # the V-learner's at the last exchange
-    statistics: Statistics  # the actor's at the last exchange
 
 
 class TrainState(NamedTuple):
@@ -500,17 +495,6 @@ class TrainState(NamedTuple):
         """The networks and observation statistics of a trained agent."""
         policy, critic = self.p_learner.policy, self.v_learner.critic
         return {"policy": policy, "critic": critic, "statistics": self.actor.statistics}
-
-
-def exchange(
-    actor: Actor, v_learner: VLearner, p_learner: PLearner
-) -> tuple[Actor, VLearner, PLearner]:
-    """Gives the actor and the learners copies of what they use from each other."""
-    return (
-        actor._replace(policy=p_learner.policy),
-        v_learner._replace(policy=p_learner.policy, statistics=actor.statistics),
-        p_learner._replace(critic=v_learner.critic, statistics=actor.statistics),
-    )
 
 
 def make_train(config: Config):
@@ -534,9 +518,8 @@ def make_train(config: Config):
     critic = DoubleCritic(config.num_atoms if distributional else 1, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
     num_cycles = config.num_steps // config.sync_every
-    critic_steps, policy_steps = (
-        config.sync_every * n for n in (config.critic_updates, config.policy_updates)
-    )
+    critic_steps = config.sync_every * config.critic_updates
+    policy_steps = config.sync_every * config.policy_updates
     # Replay rows before the first cycle: the windows of the last n_steps - 1 warm-up steps are
     # incomplete, and sync_every transitions are in fresh. By default 32 - 2 - 1 = 29 rows.
     rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every
@@ -563,30 +546,24 @@ def make_train(config: Config):
         action = jnp.zeros((config.num_envs, env.action_size), jnp.float32)
         mean = jnp.zeros(env.obs_size, jnp.float32)
         statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
-        policy_params = policy.init(policy_key, obs)
-        critic_params = critic.init(critic_key, obs, action)
         step = Step(obs, action, zeros, obs, zeros > 0, zeros > 0)
         window = jax.tree.map(lambda x: jnp.zeros((config.n_steps - 1, *x.shape), x.dtype), step)
-        actor = Actor(
-            policy_params, statistics, physics, obs, zeros.astype(jnp.int32), zeros, window
-        )
-        actor, transitions, _ = act(actor, warmup_key, config.warmup_steps, warmup=True)
+        actor = Actor(statistics, physics, obs, zeros.astype(jnp.int32), zeros, window)
+
+        params = policy.init(policy_key, obs)
+        p_learner = PLearner(params, optimizer.init(params))
+        params = critic.init(critic_key, obs, action)
+        v_learner = VLearner(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+        state = TrainState(v_learner, p_learner, actor, None, None, key, jnp.int32(0))
+        actor, transitions, _ = act(state, warmup_key, config.warmup_steps, warmup=True)
         # Drop the windows that start before the first step.
         transitions = jax.tree.map(lambda x: x[config.n_steps - 1 :], transitions)
-
         replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), transitions)
-        replay = jax.tree.map(
-            lambda buffer, x: buffer.at[:rows_before].set(x[:rows_before]), replay, transitions
-        )
+        first = jax.tree.map(lambda x: x[:rows_before], transitions)
+        replay = replay_insert(replay, jnp.arange(rows_before), first)
         fresh = jax.tree.map(lambda x: x[rows_before:], transitions)
-        opt_states = optimizer.init(critic_params), optimizer.init(policy_params)
-        v_learner = VLearner(
-            critic_params, critic_params, opt_states[0], policy_params, actor.statistics
-        )
-        p_learner = PLearner(policy_params, opt_states[1], critic_params, actor.statistics)
-        # Copies, so that a donated state holds no buffer twice.
-        learners = jax.tree.map(jnp.copy, (v_learner, p_learner))
-        return TrainState(*learners, actor, replay, fresh, key, jnp.int32(0))
+        return state._replace(actor=actor, replay=replay, fresh=fresh)
 
     def env_step(keys, physics, obs, action):
         """A step without reset; a physics failure keeps obs, gives reward 0 and truncates."""
@@ -597,13 +574,14 @@ def make_train(config: Config):
         ends = terminated & ~failed, truncated | failed
         return physics, next_obs, jnp.where(failed, 0, reward), *ends, failed
 
-    def act(actor, key, num_steps, warmup=False):
-        """Steps with the actor's policy; returns the actor, n-step transitions and episode sums."""
+    def act(state, key, num_steps, warmup=False):
+        """The actor after num_steps with the policy, their n-step transitions and episode sums."""
 
         def step(actor, inputs):
             noise, step_keys, reset_keys = inputs
             statistics = update_statistics(actor.statistics, actor.obs)
-            mean = 0 if warmup else policy.apply(actor.policy, normalize(actor.obs, statistics))
+            obs = normalize(actor.obs, statistics)
+            mean = 0 if warmup else policy.apply(state.p_learner.policy, obs)
             action = jnp.clip(mean + noise, -1, 1)
             physics, next_obs, reward, terminated, truncated, failed = env_step(
                 step_keys, actor.physics, actor.obs, action
@@ -624,7 +602,7 @@ def make_train(config: Config):
 
             physics, obs = jax.tree.map(restart, (physics, next_obs), env_reset(reset_keys))
             episode = jnp.where(ended, 0, length), jnp.where(ended, 0, episodic_return)
-            actor = Actor(actor.policy, statistics, physics, obs, *episode, actor.window)
+            actor = Actor(statistics, physics, obs, *episode, actor.window)
             return actor, (row, jax.tree.map(jnp.sum, sums))
 
         noise_key, step_key, reset_key = jax.random.split(key, 3)
@@ -638,7 +616,7 @@ def make_train(config: Config):
             noise = stddevs[:, None] * jax.random.normal(noise_key, shape, jnp.float32)
         step_keys = jax.random.split(step_key, (num_steps, config.num_envs))
         reset_keys = jax.random.split(reset_key, (num_steps, num_resets))
-        actor, (rows, sums) = jax.lax.scan(step, actor, (noise, step_keys, reset_keys))
+        actor, (rows, sums) = jax.lax.scan(step, state.actor, (noise, step_keys, reset_keys))
 
         steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, rows)
         terminated, truncated = steps.terminated, steps.truncated
@@ -652,91 +630,80 @@ def make_train(config: Config):
         window = jax.tree.map(lambda x: x[num_steps:], steps)
         return actor._replace(window=window), transitions, sums
 
-    def critic_loss(params, v_learner, batch, noise):
-        obs, next_obs = (
-            normalize(x, v_learner.statistics, config.obs_clip) for x in (batch.obs, batch.next_obs)
-        )
-        noise = jnp.clip(
-            config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip
-        )
-        next_action = jnp.clip(policy.apply(v_learner.policy, next_obs) + noise, -1, 1)
-        next_outputs = critic.apply(v_learner.target_critic, next_obs, next_action)
-        outputs = critic.apply(params, obs, batch.action)
-        if not distributional:
-            target = double_q_targets(batch.reward, next_outputs[..., 0], batch.discount)
-            return jnp.square(outputs[..., 0] - target).mean(axis=-1).sum(), outputs.mean()
-        probs = project_distribution(
-            jax.nn.softmax(next_outputs), batch.reward, batch.discount, support
-        )
-        target = combine_distributions(probs, support, config.combine)
-        log_probs = jax.nn.log_softmax(outputs)
-        if config.combine == "lower_mean":
-            loss = -(target * log_probs).sum(axis=-1)
-        else:  # the target may not sum to 1: binary cross-entropy per atom
-            log_others = jnp.log(jnp.maximum(-jnp.expm1(log_probs), 1e-7))
-            loss = -(target * log_probs + (1 - target) * log_others).mean(axis=-1)
-        return loss.mean(axis=-1).sum(), expected_values(outputs).mean()
-
     def expected_values(outputs):
         return jax.nn.softmax(outputs) @ support if distributional else outputs[..., 0]
 
-    def policy_loss(params, p_learner, obs):
-        obs = normalize(obs, p_learner.statistics, config.obs_clip)
-        return (
-            -expected_values(critic.apply(p_learner.critic, obs, policy.apply(params, obs)))
-            .min(axis=0)
-            .mean()
-        )
+    def learn_values(state, filled, key, rate, gradient_steps):
+        """The V-learner after critic updates, with the state's policy and statistics."""
 
-    def learn_values(v_learner, replay, filled, key, rate, gradient_steps):
-        """Critic updates with the V-learner's copy of the policy, on filled rows of the replay."""
+        def loss(params, target_params, batch, noise):
+            obs, next_obs = (
+                normalize(x, state.actor.statistics, config.obs_clip)
+                for x in (batch.obs, batch.next_obs)
+            )
+            noise = jnp.clip(
+                config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip
+            )
+            next_action = jnp.clip(policy.apply(state.p_learner.policy, next_obs) + noise, -1, 1)
+            next_outputs = critic.apply(target_params, next_obs, next_action)
+            outputs = critic.apply(params, obs, batch.action)
+            if not distributional:
+                target = double_q_targets(batch.reward, next_outputs[..., 0], batch.discount)
+                return jnp.square(outputs[..., 0] - target).mean(axis=-1).sum(), outputs.mean()
+            probs = project_distribution(
+                jax.nn.softmax(next_outputs), batch.reward, batch.discount, support
+            )
+            target = combine_distributions(probs, support, config.combine)
+            log_probs = jax.nn.log_softmax(outputs)
+            if config.combine == "lower_mean":
+                loss = -(target * log_probs).sum(axis=-1)
+            else:  # the target may not sum to 1: binary cross-entropy per atom
+                log_others = jnp.log(jnp.maximum(-jnp.expm1(log_probs), 1e-7))
+                loss = -(target * log_probs + (1 - target) * log_others).mean(axis=-1)
+            return loss.mean(axis=-1).sum(), expected_values(outputs).mean()
 
-        def gradient_step(v_learner, inputs):
+        def gradient_step(learner, inputs):
             bits, noise = inputs
-            batch = replay_sample(replay, bits, filled)
-            grad = jax.value_and_grad(critic_loss, has_aux=True)
-            (td_loss, q), grads = grad(v_learner.critic, v_learner, batch, noise)
-            params, opt_state = step_params(v_learner.critic, grads, v_learner.opt_state, rate)
-            target = optax.incremental_update(params, v_learner.target_critic, config.tau)
+            batch = replay_sample(state.replay, bits, filled)
+            (td_loss, q), grads = jax.value_and_grad(loss, has_aux=True)(
+                learner.critic, learner.target_critic, batch, noise
+            )
+            params, opt_state = step_params(learner.critic, grads, learner.opt_state, rate)
+            target = optax.incremental_update(params, learner.target_critic, config.tau)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            return v_learner._replace(
-                critic=params, target_critic=target, opt_state=opt_state
-            ), losses
+            return VLearner(params, target, opt_state), losses
 
         bits_key, noise_key = jax.random.split(key)
         shape = gradient_steps, config.batch_size
         bits = jax.random.bits(bits_key, shape, jnp.uint32)
         noise = jax.random.normal(noise_key, (*shape, env.action_size), jnp.float32)
-        v_learner, losses = jax.lax.scan(gradient_step, v_learner, (bits, noise))
-        return v_learner, jax.tree.map(jnp.mean, losses)
+        return jax.lax.scan(gradient_step, state.v_learner, (bits, noise))
 
-    def learn_policy(p_learner, obs, filled, key, rate, gradient_steps):
-        """Policy updates with the P-learner's copy of the critic, on filled rows of obs."""
+    def learn_policy(state, filled, key, rate, gradient_steps):
+        """The P-learner after policy updates, with the state's critic and statistics."""
 
-        def gradient_step(p_learner, bits):
-            loss, grads = jax.value_and_grad(policy_loss)(
-                p_learner.policy, p_learner, replay_sample(obs, bits, filled)
-            )
-            params, opt_state = step_params(p_learner.policy, grads, p_learner.opt_state, rate)
-            losses = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads)}
-            return p_learner._replace(policy=params, opt_state=opt_state), losses
+        def loss(params, obs):
+            obs = normalize(obs, state.actor.statistics, config.obs_clip)
+            outputs = critic.apply(state.v_learner.critic, obs, policy.apply(params, obs))
+            return -expected_values(outputs).min(axis=0).mean()
+
+        def gradient_step(learner, bits):
+            obs = replay_sample(state.replay.obs, bits, filled)
+            policy_loss, grads = jax.value_and_grad(loss)(learner.policy, obs)
+            params, opt_state = step_params(learner.policy, grads, learner.opt_state, rate)
+            losses = {"policy_loss": policy_loss, "policy_grad_norm": optax.tree.norm(grads)}
+            return PLearner(params, opt_state), losses
 
         bits = jax.random.bits(key, (gradient_steps, config.batch_size), jnp.uint32)
-        p_learner, losses = jax.lax.scan(gradient_step, p_learner, bits)
-        return p_learner, jax.tree.map(jnp.mean, losses)
+        return jax.lax.scan(gradient_step, state.p_learner, bits)
 
     def parallel_cycle(state, filled, keys, rate):
-        """Actor, V-learner and P-learner run independently of each other, then exchange."""
-        actor, fresh, sums = act(state.actor, keys[0], config.sync_every)
-        v_learner, v_losses = learn_values(
-            state.v_learner, state.replay, filled, keys[1], rate, critic_steps
-        )
-        p_learner, p_losses = learn_policy(
-            state.p_learner, state.replay.obs, filled, keys[2], rate, policy_steps
-        )
-        actor, v_learner, p_learner = exchange(actor, v_learner, p_learner)
+        """Actor, V-learner and P-learner all start from the state: none waits for another."""
+        actor, fresh, sums = act(state, keys[0], config.sync_every)
+        v_learner, v_losses = learn_values(state, filled, keys[1], rate, critic_steps)
+        p_learner, p_losses = learn_policy(state, filled, keys[2], rate, policy_steps)
         state = state._replace(v_learner=v_learner, p_learner=p_learner, actor=actor, fresh=fresh)
-        return state, (v_losses | p_losses, sums)
+        return state, (jax.tree.map(jnp.mean, v_losses | p_losses), sums)
 
     def sequential_cycle(state, filled, keys, rate):
         """Rounds of critic and policy updates, then environment steps, all with latest parameters.
@@ -746,28 +713,17 @@ def make_train(config: Config):
         """
         rounds = math.gcd(critic_steps, policy_steps)
 
-        def learn(learners, keys):
-            _, v_learner, p_learner = exchange(state.actor, *learners)
-            v_learner, v_losses = learn_values(
-                v_learner, state.replay, filled, keys[0], rate, critic_steps // rounds
-            )
-            p_learner = p_learner._replace(critic=v_learner.critic)
-            p_learner, p_losses = learn_policy(
-                p_learner, state.replay.obs, filled, keys[1], rate, policy_steps // rounds
-            )
-            return (v_learner, p_learner), v_losses | p_losses
+        def learn(state, keys):
+            learner, v_losses = learn_values(state, filled, keys[0], rate, critic_steps // rounds)
+            state = state._replace(v_learner=learner)
+            learner, p_losses = learn_policy(state, filled, keys[1], rate, policy_steps // rounds)
+            return state._replace(p_learner=learner), jax.tree.map(jnp.mean, v_losses | p_losses)
 
-        learners, losses = jax.lax.scan(
-            learn, (state.v_learner, state.p_learner), jax.random.split(keys[1], (rounds, 2))
-        )
-        actor, _, _ = exchange(state.actor, *learners)
-        actor, fresh, sums = act(actor, keys[0], config.sync_every)
-        state = state._replace(
-            v_learner=learners[0], p_learner=learners[1], actor=actor, fresh=fresh
-        )
-        return state, (jax.tree.map(jnp.mean, losses), sums)
+        state, losses = jax.lax.scan(learn, state, jax.random.split(keys[1], (rounds, 2)))
+        actor, fresh, sums = act(state, keys[0], config.sync_every)
+        return state._replace(actor=actor, fresh=fresh), (jax.tree.map(jnp.mean, losses), sums)
 
-    def evaluate(policy_params, statistics, key):
+    def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
         def unfinished(carry):
@@ -776,7 +732,7 @@ def make_train(config: Config):
         def step(carry):
             t, physics, obs, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
-            action = policy.apply(policy_params, normalize(obs, statistics))
+            action = policy.apply(state.p_learner.policy, normalize(obs, state.actor.statistics))
             physics, obs, reward, terminated, truncated, _ = env_step(keys, physics, obs, action)
             returns += jnp.where(finished, 0, reward).astype(jnp.float32)
             return t + 1, physics, obs, returns, finished | terminated | truncated
@@ -786,53 +742,38 @@ def make_train(config: Config):
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
 
-    def schedule(key, number):
-        """First replay rows, keys and rates of an update's cycles, and its evaluation's key."""
+    def update(state, number):
+        """num_steps steps of all environments and their gradient steps."""
+
+        def cycle(state, inputs):
+            first_row, keys, rate = inputs
+            rows = first_row + jnp.arange(config.sync_every)
+            filled = jnp.minimum(rows[-1] + 1, num_rows)
+            # Write before reading: the other way round, XLA would copy the whole replay.
+            state = state._replace(replay=replay_insert(state.replay, rows, state.fresh))
+            one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
+            return one_cycle(state, filled, keys, rate)
+
         cycles = jnp.arange(num_cycles, dtype=jnp.int32)
         first_rows = rows_before + number * config.num_steps + config.sync_every * cycles
-        cycle_key, eval_key = jax.random.split(jax.random.fold_in(key, number))
+        cycle_key, eval_key = jax.random.split(jax.random.fold_in(state.key, number))
         keys = jax.random.split(cycle_key, (num_cycles, 3))
-        return first_rows, keys, learning_rate(number, cycles), eval_key
+        inputs = first_rows, keys, learning_rate(number, cycles)
+        state, (losses, sums) = jax.lax.scan(cycle, state, inputs)
 
-    def insert(replay, fresh, first_row):
-        """The replay with fresh written from first_row on, and its number of filled rows."""
-        rows = first_row + jnp.arange(config.sync_every)
-        return replay_insert(replay, rows, fresh), jnp.minimum(rows[-1] + 1, num_rows)
-
-    def summarize(number, losses, sums):
-        """The metrics of an update from those of its cycles."""
         sums = jax.tree.map(jnp.sum, sums)
-        return {f"losses/{name}": values.mean() for name, values in losses.items()} | {
+        metrics = {f"losses/{name}": values.mean() for name, values in losses.items()} | {
             "global_step": config.warmup_timesteps + (number + 1) * config.steps_per_update,
             "charts/episodic_return": sums["return"] / sums["ended"],
             "charts/episodic_length": sums["length"] / sums["ended"],
             "charts/physics_failures": sums["failed"],
             "charts/learning_rate": learning_rate(number, 0),
         }
-
-    def is_due(number):
-        return ((number + 1) % max(config.eval_interval, 1) == 0) | (
-            number + 1 == config.num_updates
-        )
-
-    def update(state, number):
-        """num_steps steps of all environments and their gradient steps."""
-
-        def cycle(state, inputs):
-            first_row, keys, rate = inputs
-            # Write before reading: the other way round, XLA would copy the whole replay.
-            replay, filled = insert(state.replay, state.fresh, first_row)
-            one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
-            return one_cycle(state._replace(replay=replay), filled, keys, rate)
-
-        *inputs, eval_key = schedule(state.key, number)
-        state, (losses, sums) = jax.lax.scan(cycle, state, inputs)
-        metrics = summarize(number, losses, sums)
         if config.eval_interval:
-            inputs = state.p_learner.policy, state.actor.statistics, eval_key
+            due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
             no_return = jnp.float32(jnp.nan)
             metrics["eval/episodic_return"] = jax.lax.cond(
-                is_due(number), evaluate, lambda *_: no_return, *inputs
+                due, evaluate, lambda *_: no_return, state, eval_key
             )
         return state._replace(update=number + 1), metrics
 
@@ -840,77 +781,6 @@ def make_train(config: Config):
         state = init(key) if state is None else state
         return jax.lax.scan(update, state, state.update + jnp.arange(num_updates, dtype=jnp.int32))
 
-    def train_on_devices(state, num_updates, devices):
-        """train(state=state) as programs on three devices, bit-identical; cannot be jitted.
-
-        Actor, V-learner and P-learner each stay on their own device and receive copies after each
-        cycle; nothing waits for the host. The V-learner's device holds the replay, the P-learner's
-        only its observations. Raises ValueError for ddpg_n, which is sequential.
-        """
-        if config.algorithm == "ddpg_n":
-            raise ValueError(
-                "ddpg_n acts and learns one after the other: it cannot use several devices"
-            )
-
-        def learn_v(replay, fresh, first_row, key, rate, v_learner):
-            replay, filled = insert(replay, fresh, first_row)
-            return replay, *learn_values(v_learner, replay, filled, key, rate, critic_steps)
-
-        def learn_p(states, fresh, first_row, key, rate, p_learner):
-            states, filled = insert(states, fresh, first_row)
-            return states, *learn_policy(p_learner, states, filled, key, rate, policy_steps)
-
-        act_program = jax.jit(lambda actor, key: act(actor, key, config.sync_every))
-        v_program, p_program = (
-            jax.jit(learn_v, donate_argnums=0),
-            jax.jit(learn_p, donate_argnums=0),
-        )
-        schedule_program, summarize_program, evaluate_program = map(
-            jax.jit, (schedule, summarize, evaluate)
-        )
-        devices, key, start, all_metrics = tuple(devices), state.key, int(state.update), []
-        # Copies, as the programs overwrite them.
-        buffers = jax.tree.map(jnp.copy, (state.replay, state.replay.obs))
-        replay, states = jax.device_put(buffers, devices[1:])
-        workers, fresh = jax.device_put(
-            ((state.actor, state.v_learner, state.p_learner), state.fresh), (devices, devices[0])
-        )
-        for number in range(start, start + num_updates):
-            (first_rows, keys, rates, eval_key), cycles = schedule_program(key, number), []
-            for i in range(num_cycles):
-                inputs = (
-                    keys[i, 0],
-                    (fresh, first_rows[i], keys[i, 1], rates[i]),
-                    (fresh.obs, first_rows[i], keys[i, 2], rates[i]),
-                )
-                act_key, v_inputs, p_inputs = jax.device_put(inputs, devices)
-                actor, v_learner, p_learner = workers
-                replay, v_learner, v_losses = v_program(replay, *v_inputs, v_learner)
-                states, p_learner, p_losses = p_program(states, *p_inputs, p_learner)
-                actor, fresh, sums = act_program(actor, act_key)
-                workers = jax.device_put(exchange(actor, v_learner, p_learner), devices)
-                cycles.append((v_losses | p_losses, sums))
-            losses, sums = jax.tree.map(
-                lambda *x: jnp.stack(x), *jax.device_put(cycles, devices[0])
-            )
-            metrics = summarize_program(number, losses, sums)
-            if config.eval_interval:
-                inputs = jax.device_put(
-                    (workers[2].policy, workers[0].statistics, eval_key), devices[0]
-                )
-                metrics["eval/episodic_return"] = (
-                    evaluate_program(*inputs) if is_due(number) else jnp.float32(jnp.nan)
-                )
-            all_metrics.append(metrics)
-        actor, v_learner, p_learner = workers
-        state = TrainState(
-            v_learner, p_learner, actor, replay, fresh, key, jnp.int32(start + num_updates)
-        )
-        return jax.device_put(
-            (state, jax.tree.map(lambda *x: jnp.stack(x), *all_metrics)), devices[0]
-        )
-
-    train.on_devices = train_on_devices
     train.init = init
     return train
 
