@@ -1,10 +1,14 @@
 """Parallel Q-Learning for continuous control: brax, gymnax, MuJoCo Playground's dm_control.
 
 Parallel Q-Learning: Li et al., "Parallel Q-Learning: Scaling Off-policy Reinforcement Learning
-under Massively Parallel Simulation", ICML 2023, arXiv 2307.12983. An actor, a value learner and a
-policy learner run in parallel, each with copies of the others' parameters from the last exchange.
-Unlike DQN, it has continuous actions (DDPG with double Q and n-step targets), thousands of
-environments, and exploration noise that differs between them.
+under Massively Parallel Simulation", ICML 2023, arXiv 2307.12983. Unlike DQN, it has continuous
+actions (DDPG with double Q and n-step targets), thousands of environments, and exploration noise
+that differs between them.
+
+The paper's actor, value learner and policy learner are processes that exchange parameters. Here
+they are three functions of one program that start from the same state, so none waits for another
+within a cycle, and each sees the others' parameters as late as in the paper. The update ratios are
+exact, without the paper's controller; nothing runs on a device of its own.
 
     python pql_isaac_style.py --env-id ant          # trains, plots, saves; --help lists the flags
 
@@ -76,13 +80,13 @@ class Config:
     """Parallel environments per seed."""
     num_steps: int = 64
     """Steps per environment in an update; the metrics have one row per update."""
-    resets_per_step: float = 1.0
-    """Initial states drawn per step, as a fraction of num_envs; shared if more episodes end."""
 
-    algorithm: Literal["pql", "pql_d", "ddpg_n"] = "pql"
-    """pql; pql_d learns return distributions; ddpg_n acts and learns one after the other."""
+    algorithm: Literal["pql", "pql_d", "ddpg_n", "sac_n"] = "pql"
+    """pql_d learns return distributions; ddpg_n and sac_n act and learn one after the other."""
     learning_rate: float = 5e-4
     """Learning rate of AdamW, for critics and policy."""
+    alpha_learning_rate: float = 5e-3
+    """Learning rate of the entropy's weight (sac_n)."""
     anneal_lr: bool = False
     """Anneal the learning rate linearly to zero."""
     weight_decay: float = 0.01
@@ -110,21 +114,19 @@ class Config:
     tau: float = 0.05
     """Fraction by which each critic update moves the target critic towards the online one."""
     stddev_min: float = 0.05
-    """Standard deviation of the exploration noise in the first environment."""
+    """Standard deviation of the exploration noise in the first environment (not sac_n)."""
     stddev_max: float = 0.8
-    """Standard deviation of the exploration noise in the last environment."""
+    """Standard deviation of the exploration noise in the last environment (not sac_n)."""
     target_noise: float = 0.8
-    """Standard deviation of the noise on the next actions in targets."""
+    """Standard deviation of the noise on the next actions in targets (not sac_n)."""
     target_noise_clip: float = 0.2
-    """Clip range of the noise on the next actions in targets."""
+    """Clip range of the noise on the next actions in targets (not sac_n)."""
     obs_clip: float = 5.0
     """Clip range of the learners' normalised observations; the actor's are not clipped."""
     num_atoms: int = 51
     """Atoms of the return distribution (pql_d)."""
     value_bound: float = 10.0
     """The atoms span [-value_bound, value_bound] (pql_d)."""
-    combine: Literal["elementwise_min", "lower_mean"] = "elementwise_min"
-    """Target from two critics (pql_d): minimum per atom, or the distribution of lower mean."""
     hidden_sizes: tuple[int, ...] = (512, 256, 128)
     """Units of each hidden layer."""
     bootstrap_on_truncation: bool = True
@@ -199,7 +201,7 @@ LIMITS = [
     (1, 2**31 - 1, "policy_updates sync_every buffer_size batch_size warmup_steps eval_episodes"),
     (2, 2**31 - 1, "num_atoms"),
     (0, 2**31 - 1, "seed eval_interval"),
-    (0, 1, "learning_rate gamma tau resets_per_step"),
+    (0, 1, "learning_rate alpha_learning_rate gamma tau"),
     (0, math.inf, "weight_decay reward_scale stddev_min stddev_max"),
     (0, math.inf, "target_noise target_noise_clip obs_clip checkpoint_interval"),
     (1e-3, math.inf, "value_bound"),
@@ -221,17 +223,6 @@ class MLP(nn.Module):
         for size in self.hidden_sizes:
             x = nn.elu(nn.Dense(size, kernel_init=init)(x))
         return nn.Dense(self.num_outputs, kernel_init=init)(x)
-
-
-class Policy(nn.Module):
-    """Normalised observations [..., obs_size] to actions [..., action_size] in [-1, 1]."""
-
-    action_size: int
-    hidden_sizes: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, obs: jax.Array) -> jax.Array:
-        return jnp.tanh(MLP(self.action_size, self.hidden_sizes)(obs))
 
 
 class DoubleCritic(nn.Module):
@@ -314,16 +305,30 @@ def project_distribution(probs, rewards, discounts, support) -> jax.Array:
     return jnp.einsum("...bi,bij->...bj", probs, jnp.clip(1 - distance, 0, 1))
 
 
-def combine_distributions(probs, support, combine) -> jax.Array:
-    """One target [batch, atoms] from the two in probs [2, batch, atoms].
+def binary_cross_entropy(logits, targets) -> jax.Array:
+    """Sum over both critics [2, batch, atoms] of the mean binary cross-entropy per atom.
 
-    "elementwise_min" takes the minimum probability of each atom (as PQL's authors do; the sum may
-    be below 1), "lower_mean" the distribution with the lower mean (FastTD3, arXiv 2505.22642).
+    As in the PQL authors' code: the targets [batch, atoms] are the minimum of two distributions per
+    atom, which may sum to less than 1.
     """
-    if combine == "elementwise_min":
-        return probs.min(axis=0)
-    means = probs @ support
-    return jnp.where((means[0] <= means[1])[:, None], probs[0], probs[1])
+    log_probs = jax.nn.log_softmax(logits)
+    log_others = jnp.log(jnp.maximum(-jnp.expm1(log_probs), 1e-7))
+    losses = -(targets * log_probs + (1 - targets) * log_others)
+    return losses.mean(axis=-1).mean(axis=-1).sum()
+
+
+def squashed_gaussian(outputs, noise) -> tuple[jax.Array, jax.Array]:
+    """Actions tanh(mean + std * noise) and their log-probabilities [...] (SAC, appendix C).
+
+    Outputs [..., 2 * action_size] are the means and the log standard deviations, clipped to
+    [-5, 5]; noise [..., action_size] is standard normal. Haarnoja et al., 2018, arXiv 1812.05905.
+    """
+    mean, log_std = jnp.split(outputs, 2, axis=-1)
+    log_std = jnp.clip(log_std, -5, 5)
+    x = mean + jnp.exp(log_std) * noise
+    log_prob = -(jnp.square(noise) + jnp.log(2 * jnp.pi)) / 2 - log_std
+    log_slope = 2 * (jnp.log(2) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh(x)^2)
+    return jnp.tanh(x), (log_prob - log_slope).sum(axis=-1)
 
 
 def update_statistics(statistics: Statistics, obs: jax.Array) -> Statistics:
@@ -439,7 +444,13 @@ def make_env(env_id: str, backend: str) -> Env:
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
 
 
-# --- Training -------------------------------------------------------------------------------------
+class EnvState(NamedTuple):
+    """All environments."""
+
+    physics: Any
+    obs: jax.Array  # [num_envs, obs_size]
+    length: jax.Array  # [num_envs], of the episode so far
+    episodic_return: jax.Array  # [num_envs], of the episode so far
 
 
 class Step(NamedTuple):
@@ -453,15 +464,50 @@ class Step(NamedTuple):
     truncated: jax.Array
 
 
+def reset_envs(env: Env, key: jax.Array, num_envs: int) -> EnvState:
+    physics, obs = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    zeros = jnp.zeros(num_envs, jnp.float32)
+    return EnvState(physics, obs, zeros.astype(jnp.int32), zeros)
+
+
+def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
+    """The state after a step of all environments, the Step, and sums over finished episodes.
+
+    An environment whose episode ends begins a new one. Where the physics fail (NaN or diverging),
+    the episode is truncated, with the observation before the failure and reward 0.
+    """
+    step_key, reset_key = jax.random.split(key)
+    keys = jax.random.split(step_key, len(action))
+    physics, next_obs, reward, *ends = jax.vmap(env.step)(keys, state.physics, action)
+    failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
+    next_obs = jnp.where(failed[:, None], state.obs, next_obs)
+    reward = jnp.where(failed, 0, reward)
+    length, episodic_return = state.length + 1, state.episodic_return + reward
+    terminated = ends[0] & ~failed
+    truncated = ends[1] | failed | (length >= env.max_steps)
+    ended = terminated | truncated
+    # Floats, as a sum of lengths may overflow int32.
+    sums = {"length": ended * length.astype(jnp.float32), "return": ended * episodic_return}
+    sums |= {"ended": ended, "failed": failed}
+
+    def restart(old, new):
+        return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    after = EnvState(physics, next_obs, length, episodic_return)
+    after = jax.tree.map(restart, after, reset_envs(env, reset_key, len(action)))
+    step = Step(state.obs, action, reward, next_obs, terminated, truncated)
+    return after, step, jax.tree.map(jnp.sum, sums)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
 class Actor(NamedTuple):
     """Steps the environments."""
 
-    statistics: Statistics
-    physics: Any
-    obs: jax.Array  # [num_envs, obs_size]
-    length: jax.Array  # [num_envs], of the episode so far
-    episodic_return: jax.Array  # [num_envs], of the episode so far
-    window: Step  # [n_steps - 1, num_envs, ...], steps with incomplete n-step windows
+    env: EnvState
+    statistics: Statistics  # of observations
+    window: Step | None  # [n_steps - 1, num_envs, ...], steps with incomplete n-step windows
 
 
 class VLearner(NamedTuple):
@@ -473,18 +519,20 @@ class VLearner(NamedTuple):
 
 
 class PLearner(NamedTuple):
-    """Learns the policy."""
+    """Learns the policy and, with sac_n, the weight of its entropy (None otherwise)."""
 
     policy: Any
     opt_state: Any
+    log_alpha: Any
+    alpha_opt_state: Any
 
 
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
+    actor: Actor
     v_learner: VLearner
     p_learner: PLearner
-    actor: Actor
     replay: Transition  # [buffer_size // num_envs, num_envs, ...]
     fresh: Transition  # [sync_every, num_envs, ...], not yet in the replay
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
@@ -509,13 +557,11 @@ def make_train(config: Config):
     Raises ValueError for an environment that it cannot train on.
     """
     env = make_env(config.env_id, config.backend)
-    env_reset = jax.vmap(env.reset)
-    num_resets = max(1, math.ceil(config.resets_per_step * config.num_envs))
-    distributional = config.algorithm == "pql_d"
+    is_distributional, is_sac = config.algorithm == "pql_d", config.algorithm == "sac_n"
+    policy = MLP(env.action_size * (1 + is_sac), config.hidden_sizes)
+    critic = DoubleCritic(config.num_atoms if is_distributional else 1, config.hidden_sizes)
     bounds = -config.value_bound, config.value_bound
     support = jnp.linspace(*bounds, config.num_atoms, dtype=jnp.float32)
-    policy = Policy(env.action_size, config.hidden_sizes)
-    critic = DoubleCritic(config.num_atoms if distributional else 1, config.hidden_sizes)
     num_rows = config.buffer_size // config.num_envs
     num_cycles = config.num_steps // config.sync_every
     critic_steps = config.sync_every * config.critic_updates
@@ -541,97 +587,76 @@ def make_train(config: Config):
     def init(key):
         """The state after warm-up; its last transitions are in fresh, not yet in the replay."""
         key, policy_key, critic_key, reset_key, warmup_key = jax.random.split(key, 5)
-        physics, obs = env_reset(jax.random.split(reset_key, config.num_envs))
-        zeros = jnp.zeros(config.num_envs, jnp.float32)
-        action = jnp.zeros((config.num_envs, env.action_size), jnp.float32)
-        mean = jnp.zeros(env.obs_size, jnp.float32)
+        env_state = reset_envs(env, reset_key, config.num_envs)
+        obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
         statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
-        step = Step(obs, action, zeros, obs, zeros > 0, zeros > 0)
-        window = jax.tree.map(lambda x: jnp.zeros((config.n_steps - 1, *x.shape), x.dtype), step)
-        actor = Actor(statistics, physics, obs, zeros.astype(jnp.int32), zeros, window)
+        actor = Actor(env_state, statistics, window=None)
 
         params = policy.init(policy_key, obs)
-        p_learner = PLearner(params, optimizer.init(params))
-        params = critic.init(critic_key, obs, action)
-        v_learner = VLearner(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+        alpha = (jnp.float32(0), optimizer.init(jnp.float32(0))) if is_sac else (None, None)
+        p_learner = PLearner(params, optimizer.init(params), *alpha)
+        params = critic.init(critic_key, obs, jnp.zeros((len(obs), env.action_size), jnp.float32))
+        target_params = jax.tree.map(jnp.copy, params)  # a donated state holds no buffer twice
+        v_learner = VLearner(params, target_params, optimizer.init(params))
 
-        state = TrainState(v_learner, p_learner, actor, None, None, key, jnp.int32(0))
+        state = TrainState(actor, v_learner, p_learner, None, None, key, jnp.int32(0))
         actor, transitions, _ = act(state, warmup_key, config.warmup_steps, warmup=True)
-        # Drop the windows that start before the first step.
-        transitions = jax.tree.map(lambda x: x[config.n_steps - 1 :], transitions)
-        replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), transitions)
-        first = jax.tree.map(lambda x: x[:rows_before], transitions)
-        replay = replay_insert(replay, jnp.arange(rows_before), first)
         fresh = jax.tree.map(lambda x: x[rows_before:], transitions)
+        first = jax.tree.map(lambda x: x[:rows_before], transitions)
+        replay = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), transitions)
+        replay = replay_insert(replay, jnp.arange(rows_before), first)
         return state._replace(actor=actor, replay=replay, fresh=fresh)
 
-    def env_step(keys, physics, obs, action):
-        """A step without reset; a physics failure keeps obs, gives reward 0 and truncates."""
-        physics, next_obs, reward, terminated, truncated = jax.vmap(env.step)(keys, physics, action)
-        # NaN or diverging.
-        failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
-        next_obs = jnp.where(failed[:, None], obs, next_obs)
-        ends = terminated & ~failed, truncated | failed
-        return physics, next_obs, jnp.where(failed, 0, reward), *ends, failed
+    def choose(params, obs, noise):
+        """Actions and, with sac_n, their log-probabilities; there the noise is standard normal."""
+        outputs = policy.apply(params, obs)
+        if is_sac:
+            return squashed_gaussian(outputs, noise)
+        return jnp.clip(jnp.tanh(outputs) + noise, -1, 1), 0.0
 
     def act(state, key, num_steps, warmup=False):
-        """The actor after num_steps with the policy, their n-step transitions and episode sums."""
+        """The actor after num_steps with the policy, the n-step transitions and episode sums."""
 
         def step(actor, inputs):
-            noise, step_keys, reset_keys = inputs
-            statistics = update_statistics(actor.statistics, actor.obs)
-            obs = normalize(actor.obs, statistics)
-            mean = 0 if warmup else policy.apply(state.p_learner.policy, obs)
-            action = jnp.clip(mean + noise, -1, 1)
-            physics, next_obs, reward, terminated, truncated, failed = env_step(
-                step_keys, actor.physics, actor.obs, action
-            )
-            length, episodic_return = actor.length + 1, actor.episodic_return + reward
-            truncated |= length >= env.max_steps
-            ended = terminated | truncated
-            row = Step(actor.obs, action, reward, next_obs, terminated, truncated)
-            # Floats, as a sum of lengths may overflow int32.
-            sums = {"length": ended * length.astype(jnp.float32), "return": ended * episodic_return}
-            sums |= {"ended": ended, "failed": failed}
+            noise, step_key = inputs
+            statistics = update_statistics(actor.statistics, actor.env.obs)
+            obs = normalize(actor.env.obs, statistics)
+            action = noise if warmup else choose(state.p_learner.policy, obs, noise)[0]
+            env_state, step, sums = step_envs(env, step_key, actor.env, action)
+            return Actor(env_state, statistics, actor.window), (step, sums)
 
-            # Environments that end take the new states in order, wrapping around.
-            slot = (jnp.cumsum(ended) - 1) % num_resets
-
-            def restart(old, new):
-                return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new[slot], old)
-
-            physics, obs = jax.tree.map(restart, (physics, next_obs), env_reset(reset_keys))
-            episode = jnp.where(ended, 0, length), jnp.where(ended, 0, episodic_return)
-            actor = Actor(statistics, physics, obs, *episode, actor.window)
-            return actor, (row, jax.tree.map(jnp.sum, sums))
-
-        noise_key, step_key, reset_key = jax.random.split(key, 3)
+        noise_key, step_key = jax.random.split(key)
         shape = num_steps, config.num_envs, env.action_size
+        stddevs = mixed_exploration_stddevs(config.num_envs, config.stddev_min, config.stddev_max)
         if warmup:
             noise = jax.random.uniform(noise_key, shape, jnp.float32, minval=-1)
         else:
-            stddevs = mixed_exploration_stddevs(
-                config.num_envs, config.stddev_min, config.stddev_max
-            )
-            noise = stddevs[:, None] * jax.random.normal(noise_key, shape, jnp.float32)
-        step_keys = jax.random.split(step_key, (num_steps, config.num_envs))
-        reset_keys = jax.random.split(reset_key, (num_steps, num_resets))
-        actor, (rows, sums) = jax.lax.scan(step, state.actor, (noise, step_keys, reset_keys))
+            noise = jax.random.normal(noise_key, shape, jnp.float32)
+            noise *= 1 if is_sac else stddevs[:, None]
+        inputs = noise, jax.random.split(step_key, num_steps)
+        actor, (steps, sums) = jax.lax.scan(step, state.actor, inputs)
 
-        steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, rows)
+        if not warmup:
+            steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, steps)
         terminated, truncated = steps.terminated, steps.truncated
         if not config.bootstrap_on_truncation:
             terminated |= truncated
         outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, truncated
         reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
-        starts = steps.obs[:num_steps], steps.action[:num_steps]
+        starts = steps.obs[: len(reward)], steps.action[: len(reward)]
+        window = jax.tree.map(lambda x: x[len(reward) :], steps)
         reward, discount = reward.astype(jnp.float32), discount.astype(jnp.float32)
-        transitions = Transition(*starts, reward, discount, next_obs)
-        window = jax.tree.map(lambda x: x[num_steps:], steps)
-        return actor._replace(window=window), transitions, sums
+        return actor._replace(window=window), Transition(*starts, reward, discount, next_obs), sums
+
+    def draw(key, gradient_steps):
+        """Random bits for the batches of gradient steps, and standard normal noise."""
+        bits_key, noise_key = jax.random.split(key)
+        shape = gradient_steps, config.batch_size
+        noise = jax.random.normal(noise_key, (*shape, env.action_size), jnp.float32)
+        return jax.random.bits(bits_key, shape, jnp.uint32), noise
 
     def expected_values(outputs):
-        return jax.nn.softmax(outputs) @ support if distributional else outputs[..., 0]
+        return jax.nn.softmax(outputs) @ support if is_distributional else outputs[..., 0]
 
     def learn_values(state, filled, key, rate, gradient_steps):
         """The V-learner after critic updates, with the state's policy and statistics."""
@@ -641,76 +666,75 @@ def make_train(config: Config):
                 normalize(x, state.actor.statistics, config.obs_clip)
                 for x in (batch.obs, batch.next_obs)
             )
-            noise = jnp.clip(
-                config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip
-            )
-            next_action = jnp.clip(policy.apply(state.p_learner.policy, next_obs) + noise, -1, 1)
+            next_action, log_prob = choose(state.p_learner.policy, next_obs, noise)
             next_outputs = critic.apply(target_params, next_obs, next_action)
             outputs = critic.apply(params, obs, batch.action)
-            if not distributional:
-                target = double_q_targets(batch.reward, next_outputs[..., 0], batch.discount)
-                return jnp.square(outputs[..., 0] - target).mean(axis=-1).sum(), outputs.mean()
-            probs = project_distribution(
-                jax.nn.softmax(next_outputs), batch.reward, batch.discount, support
-            )
-            target = combine_distributions(probs, support, config.combine)
-            log_probs = jax.nn.log_softmax(outputs)
-            if config.combine == "lower_mean":
-                loss = -(target * log_probs).sum(axis=-1)
-            else:  # the target may not sum to 1: binary cross-entropy per atom
-                log_others = jnp.log(jnp.maximum(-jnp.expm1(log_probs), 1e-7))
-                loss = -(target * log_probs + (1 - target) * log_others).mean(axis=-1)
-            return loss.mean(axis=-1).sum(), expected_values(outputs).mean()
+            if is_distributional:
+                probs, outcomes = jax.nn.softmax(next_outputs), (batch.reward, batch.discount)
+                targets = project_distribution(probs, *outcomes, support).min(axis=0)
+                td_loss = binary_cross_entropy(outputs, targets)
+            else:
+                alpha = jnp.exp(state.p_learner.log_alpha) if is_sac else 0.0
+                next_values = next_outputs[..., 0] - alpha * log_prob
+                targets = double_q_targets(batch.reward, next_values, batch.discount)
+                td_loss = jnp.square(outputs[..., 0] - targets).mean(axis=-1).sum()
+            return td_loss, expected_values(outputs).mean()
 
         def gradient_step(learner, inputs):
-            bits, noise = inputs
-            batch = replay_sample(state.replay, bits, filled)
+            batch, noise = replay_sample(state.replay, inputs[0], filled), inputs[1]
             (td_loss, q), grads = jax.value_and_grad(loss, has_aux=True)(
                 learner.critic, learner.target_critic, batch, noise
             )
             params, opt_state = step_params(learner.critic, grads, learner.opt_state, rate)
-            target = optax.incremental_update(params, learner.target_critic, config.tau)
+            target_params = optax.incremental_update(params, learner.target_critic, config.tau)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            return VLearner(params, target, opt_state), losses
+            return VLearner(params, target_params, opt_state), losses
 
-        bits_key, noise_key = jax.random.split(key)
-        shape = gradient_steps, config.batch_size
-        bits = jax.random.bits(bits_key, shape, jnp.uint32)
-        noise = jax.random.normal(noise_key, (*shape, env.action_size), jnp.float32)
+        bits, noise = draw(key, gradient_steps)
+        if not is_sac:
+            limit = config.target_noise_clip
+            noise = jnp.clip(config.target_noise * noise, -limit, limit)
         return jax.lax.scan(gradient_step, state.v_learner, (bits, noise))
 
     def learn_policy(state, filled, key, rate, gradient_steps):
-        """The P-learner after policy updates, with the state's critic and statistics."""
+        """The P-learner after policy updates, with the state's critics and statistics."""
 
-        def loss(params, obs):
+        def loss(params, log_alpha, obs, noise):
             obs = normalize(obs, state.actor.statistics, config.obs_clip)
-            outputs = critic.apply(state.v_learner.critic, obs, policy.apply(params, obs))
-            return -expected_values(outputs).min(axis=0).mean()
+            action, log_prob = choose(params, obs, noise if is_sac else 0.0)
+            values = expected_values(critic.apply(state.v_learner.critic, obs, action)).min(axis=0)
+            if is_sac:
+                values -= jnp.exp(log_alpha) * log_prob
+            return -values.mean(), jnp.mean(log_prob)
 
-        def gradient_step(learner, bits):
-            obs = replay_sample(state.replay.obs, bits, filled)
-            policy_loss, grads = jax.value_and_grad(loss)(learner.policy, obs)
+        def gradient_step(learner, inputs):
+            obs, noise = replay_sample(state.replay.obs, inputs[0], filled), inputs[1]
+            (policy_loss, log_prob), grads = jax.value_and_grad(loss, has_aux=True)(
+                learner.policy, learner.log_alpha, obs, noise
+            )
             params, opt_state = step_params(learner.policy, grads, learner.opt_state, rate)
             losses = {"policy_loss": policy_loss, "policy_grad_norm": optax.tree.norm(grads)}
-            return PLearner(params, opt_state), losses
+            alpha_state = learner.log_alpha, learner.alpha_opt_state
+            if is_sac:  # towards an entropy of -action_size
+                losses["alpha"] = jnp.exp(learner.log_alpha)
+                grad = losses["alpha"] * (env.action_size - log_prob)
+                alpha_state = step_params(
+                    learner.log_alpha, grad, learner.alpha_opt_state, config.alpha_learning_rate
+                )
+            return PLearner(params, opt_state, *alpha_state), losses
 
-        bits = jax.random.bits(key, (gradient_steps, config.batch_size), jnp.uint32)
-        return jax.lax.scan(gradient_step, state.p_learner, bits)
+        return jax.lax.scan(gradient_step, state.p_learner, draw(key, gradient_steps))
 
     def parallel_cycle(state, filled, keys, rate):
         """Actor, V-learner and P-learner all start from the state: none waits for another."""
         actor, fresh, sums = act(state, keys[0], config.sync_every)
         v_learner, v_losses = learn_values(state, filled, keys[1], rate, critic_steps)
         p_learner, p_losses = learn_policy(state, filled, keys[2], rate, policy_steps)
-        state = state._replace(v_learner=v_learner, p_learner=p_learner, actor=actor, fresh=fresh)
+        state = state._replace(actor=actor, v_learner=v_learner, p_learner=p_learner, fresh=fresh)
         return state, (jax.tree.map(jnp.mean, v_losses | p_losses), sums)
 
     def sequential_cycle(state, filled, keys, rate):
-        """Rounds of critic and policy updates, then environment steps, all with latest parameters.
-
-        It makes as many updates as parallel_cycle; the paper's DDPG(n) makes as many of the policy
-        as of the critic.
-        """
+        """Rounds of critic and policy updates, then environment steps, each with the latest."""
         rounds = math.gcd(critic_steps, policy_steps)
 
         def learn(state, keys):
@@ -726,21 +750,19 @@ def make_train(config: Config):
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
-        def unfinished(carry):
-            return (carry[0] < env.max_steps) & ~carry[-1].all()
-
         def step(carry):
-            t, physics, obs, returns, finished = carry
-            keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
-            action = policy.apply(state.p_learner.policy, normalize(obs, state.actor.statistics))
-            physics, obs, reward, terminated, truncated, _ = env_step(keys, physics, obs, action)
-            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            return t + 1, physics, obs, returns, finished | terminated | truncated
+            env_state, returns, finished, key = carry
+            key, step_key = jax.random.split(key)
+            obs = normalize(env_state.obs, state.actor.statistics)
+            action, _ = choose(state.p_learner.policy, obs, 0.0)
+            env_state, step, _ = step_envs(env, step_key, env_state, action)
+            returns += jnp.where(finished, 0, step.reward).astype(jnp.float32)
+            return env_state, returns, finished | step.terminated | step.truncated, key
 
         reset_key, step_key = jax.random.split(key)
-        physics, obs = env_reset(jax.random.split(reset_key, config.eval_episodes))
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
+        carry = reset_envs(env, reset_key, len(zeros)), zeros, zeros > 0, step_key
+        return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
 
     def update(state, number):
         """num_steps steps of all environments and their gradient steps."""
@@ -748,11 +770,11 @@ def make_train(config: Config):
         def cycle(state, inputs):
             first_row, keys, rate = inputs
             rows = first_row + jnp.arange(config.sync_every)
-            filled = jnp.minimum(rows[-1] + 1, num_rows)
             # Write before reading: the other way round, XLA would copy the whole replay.
             state = state._replace(replay=replay_insert(state.replay, rows, state.fresh))
-            one_cycle = sequential_cycle if config.algorithm == "ddpg_n" else parallel_cycle
-            return one_cycle(state, filled, keys, rate)
+            is_parallel = config.algorithm in ("pql", "pql_d")
+            one_cycle = parallel_cycle if is_parallel else sequential_cycle
+            return one_cycle(state, jnp.minimum(rows[-1] + 1, num_rows), keys, rate)
 
         cycles = jnp.arange(num_cycles, dtype=jnp.int32)
         first_rows = rows_before + number * config.num_steps + config.sync_every * cycles

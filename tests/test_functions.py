@@ -285,14 +285,35 @@ def test_project_distribution_against_rlax(script):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@one_with("combine_distributions")
-def test_combine_distributions(script):
-    support = jnp.array([0.0, 1.0, 2.0])
-    probs = jnp.array([[[0.5, 0.0, 0.5], [0.1, 0.1, 0.8]], [[0.2, 0.7, 0.1], [0.0, 0.0, 1.0]]])
-    least = script.combine_distributions(probs, support, "elementwise_min")
-    np.testing.assert_allclose(least, [[0.2, 0.0, 0.1], [0.0, 0.0, 0.8]])
-    lower = script.combine_distributions(probs, support, "lower_mean")
-    np.testing.assert_allclose(lower, [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]])
+@one_with("binary_cross_entropy")
+def test_binary_cross_entropy(script):
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(2, 5, 4)), rng.random((5, 4)) / 4
+    expected = 0
+    for critic, row, atom in np.ndindex(logits.shape):
+        prob = np.exp(logits[critic, row, atom]) / np.exp(logits[critic, row]).sum()
+        target = targets[row, atom]
+        expected -= (target * np.log(prob) + (1 - target) * np.log(1 - prob)) / (5 * 4)
+    loss = script.binary_cross_entropy(jnp.float32(logits), jnp.float32(targets))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@one_with("squashed_gaussian")
+def test_squashed_gaussian(script):
+    """The density of tanh of a Gaussian, by a change of variables; no overflow far out."""
+    mean, log_std, noise = np.random.default_rng(0).normal(size=(3, 50, 2))
+    log_std[0] = 9, -9  # clipped to 5 and -5
+    noise[0] = 0.01, 0.5
+    outputs = np.concatenate([mean, log_std], axis=-1)
+    action, log_prob = script.squashed_gaussian(jnp.float32(outputs), jnp.float32(noise))
+    std = np.exp(np.clip(log_std, -5, 5))
+    x = mean + std * noise
+    density = np.exp(-(((x - mean) / std) ** 2) / 2) / np.sqrt(2 * np.pi * std**2)
+    expected = np.log(density / (1 - np.tanh(x) ** 2)).sum(axis=-1)
+    np.testing.assert_allclose(action, np.tanh(x), atol=1e-6)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-3, atol=1e-4)
+    far, log_prob = script.squashed_gaussian(jnp.array([30.0, 0.0]), jnp.array([0.0]))
+    assert far == 1 and np.isclose(log_prob, -np.log(2 * np.pi) / 2 - 2 * np.log(2) + 60)
 
 
 @one_with("update_statistics", "normalize")

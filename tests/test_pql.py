@@ -100,34 +100,52 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
     assert min(lengths) <= np.nanmean(metrics["charts/episodic_length"]) <= max(lengths)
     assert (metrics["charts/physics_failures"].sum() > 0) == (env_id == "Failing")
     assert all(
-        np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.actor.obs, state.replay))
+        np.isfinite(x).all()
+        for x in jax.tree.leaves((state.params, state.actor.env.obs, state.replay))
     )
 
 
 def test_episodes_begin_afresh():
-    """Environments that end in one step begin apart, or share states as resets_per_step says."""
-    for resets, most in ((1.0, 64), (0.125, 8)):
-        config = dataclasses.replace(
-            TINY, num_envs=64, total_timesteps=64 * 208, buffer_size=64 * 300, num_steps=200
-        )
-        train = pql.make_train(
-            dataclasses.replace(config, resets_per_step=resets, critic_updates=1, policy_updates=1)
-        )
-        state, _ = jax.jit(train)(jax.random.key(0))
-        obs = np.asarray(
-            state.replay.obs[200]
-        )  # all began a new episode with the limit of 200 steps
-        assert not (obs == state.replay.next_obs[197]).all(axis=-1).any()
-        assert len(np.unique(obs, axis=0)) == most
+    """Environments that end in one step begin new episodes, each in a state of its own."""
+    sizes = {"num_envs": 64, "num_steps": 200, "critic_updates": 1, "policy_updates": 1}
+    sizes |= {"total_timesteps": 64 * 208, "buffer_size": 64 * 300}
+    train = pql.make_train(dataclasses.replace(TINY, **sizes))
+    state, _ = jax.jit(train)(jax.random.key(0))
+    obs = np.asarray(state.replay.obs[200])  # all began a new episode at the limit of 200 steps
+    assert not (obs == state.replay.next_obs[197]).all(axis=-1).any()
+    assert len(np.unique(obs, axis=0)) == 64
 
 
-def test_distributional():
-    settings = {"algorithm": "pql_d", "combine": "lower_mean", "reward_scale": 0.01}
-    config = dataclasses.replace(TINY, **settings)
-    state, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
-    for name in ("td_loss", "policy_loss", "grad_norm"):
-        assert np.isfinite(metrics[f"losses/{name}"]).all()
-    assert state.params["critic"]["params"]["MLP_0"]["Dense_1"]["kernel"].shape == (16, 51)
+@pytest.mark.parametrize(
+    "algorithm, name", [("pql_d", "value_bound"), ("sac_n", "alpha_learning_rate")]
+)
+def test_other_algorithms(algorithm, name):
+    """Finite losses, networks of their size, and a hyperparameter of theirs that matters."""
+    config = dataclasses.replace(TINY, algorithm=algorithm, learning_rate=3e-3)
+
+    @jax.jit
+    def run(value):
+        train = pql.make_train(dataclasses.replace(config, **{name: value}))
+        return train(jax.random.key(0))
+
+    state, metrics = run(getattr(config, name))
+    for loss in ("td_loss", "policy_loss", "grad_norm"):
+        assert np.isfinite(metrics[f"losses/{loss}"]).all()
+    _, others = run(3 * getattr(config, name))
+    assert (metrics["losses/td_loss"] != others["losses/td_loss"]).any()
+    units = {"pql_d": ("critic", "MLP_0", 51), "sac_n": ("policy", None, 2)}
+    network, inner, num_outputs = units[algorithm]
+    params = state.params[network]["params"]
+    params = params[inner] if inner else params
+    assert params["Dense_1"]["kernel"].shape == (16, num_outputs)
+
+
+def test_weight_of_the_entropy():
+    """It falls while the entropy is above its target, as that of the first policy is."""
+    config = dataclasses.replace(TINY, algorithm="sac_n", alpha_learning_rate=0.01, anneal_lr=False)
+    _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
+    alphas = metrics["losses/alpha"]
+    assert 0.8 < alphas[0] < 1 and (np.diff(alphas) < 0).all()
 
 
 def test_within_a_cycle_none_reads_what_another_writes():
@@ -142,7 +160,7 @@ def test_within_a_cycle_none_reads_what_another_writes():
 
     usual, faster = one_cycle(), one_cycle(critic_updates=9)
     assert_equal(usual.p_learner.policy, faster.p_learner.policy)
-    assert_equal(usual.actor.obs, faster.actor.obs)
+    assert_equal(usual.actor.env.obs, faster.actor.env.obs)
     assert_equal(usual.v_learner.critic, one_cycle(policy_updates=5).v_learner.critic)
     with pytest.raises(AssertionError):
         sequential = (

@@ -36,7 +36,7 @@ OTHER_VALUES = {
     "ent_coef": 0.1, "vf_coef": 0.1, "tau": 0.3, "epsilon_start": 0.5, "epsilon_finish": 0.4,
     "epsilon_decay": 0.9, "max_grad_norm": 0.01, "reward_scale": 0.5, "forget_bias": 3.0,
     "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
-    "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0,
+    "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0, "alpha_learning_rate": 1e-2,
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def make_train_of(script, config, values, **changes):
 def values(config):
     """Every float that is a hyperparameter: the programs below take them as arguments."""
     floats = {field.name for field in dataclasses.fields(config) if field.type is float}
-    floats -= {"checkpoint_interval", "sticky_action_prob", "resets_per_step"}
+    floats -= {"checkpoint_interval", "sticky_action_prob"}
     assert floats <= set(OTHER_VALUES)
     return {name: getattr(config, name) for name in floats}
 
@@ -159,7 +159,7 @@ def test_every_hyperparameter_matters(init, chunk, values):
     schedules = {"charts/learning_rate", "charts/epsilon"}
     base = values | {"learning_rate": 3e-3}
     _, expected = chunk(init(KEYS[1], base), base)
-    for name in set(values) - {"value_bound"}:  # which is of pql_d alone
+    for name in set(values) - {"value_bound", "alpha_learning_rate"}:  # tested in test_pql.py
         own = base | {name: OTHER_VALUES[name]}
         _, metrics = chunk(init(KEYS[1], own), own)
         learned = set(metrics) - schedules
