@@ -114,6 +114,18 @@ def test_curves(in_process, monkeypatch):
         assert in_process.with_name(f"study{suffix}.png").exists()
 
 
+def test_curves_in_turns(in_process):
+    """A seed of every curve, then the next: the same returns as all seeds of a curve at once."""
+    curve = ("layer norm=pqn_cartpole", "no norm=pqn_cartpole --norm none")
+    results = []
+    for in_turns in (True, False):
+        curves.main(curve=curve, num_seeds=2, in_turns=in_turns, flags=TINY, out=in_process)
+        results.append(load(in_process)["curves"])
+    for label, own in results[0].items():
+        assert own["returns"] == results[1][label]["returns"]
+        assert own["steps_per_second"] == pytest.approx(2 * 384 / own["run_seconds"])
+
+
 def test_speed(tmp_path, monkeypatch):
     """With the script in a process of its own, as a person runs it."""
     out = tmp_path / "study"

@@ -62,16 +62,33 @@ def read_curve(run_dir: Path, metric: str) -> dict:
     return curve | ({"achievements": shares} if shares else {})
 
 
-def run_curve(command: str, num_seeds: int, metric: str) -> dict:
+def run_curve(command: str, num_seeds: int, metric: str, first_seed: int = 0) -> dict:
     """Run "script flags", all seeds at once, and read its curve."""
     script, *flags = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--num-seeds", str(num_seeds), *flags]
+        flags = ["--num-seeds", str(num_seeds), "--seed", str(first_seed), *flags]
         run_dir, metadata = common.run_script(script, flags, Path(folder))
         config = json.loads((run_dir / "config.json").read_text())
         curve = {"command": command, "num_envs": config["num_envs"]}
         curve |= read_curve(run_dir, metric)
     return curve | {name: metadata[name] for name in (*SECONDS, "device")}
+
+
+def run_in_turns(commands: dict[str, str], num_seeds: int, metric: str) -> dict[str, dict]:
+    """Run a seed of every curve, then the next of every curve: they meet the same other load."""
+    rounds = [
+        {label: run_curve(command, 1, metric, seed) for label, command in commands.items()}
+        for seed in range(num_seeds)
+    ]
+    curves = {}
+    for label, first in rounds[0].items():
+        parts = [one_seed[label] for one_seed in rounds]
+        curves[label] = first | {"returns": [part["returns"][0] for part in parts]}
+        for name in ("compile_seconds", "run_seconds"):
+            curves[label][name] = sum(part[name] for part in parts)
+        steps = sum(part["steps_per_second"] * part["run_seconds"] for part in parts)
+        curves[label]["steps_per_second"] = steps / curves[label]["run_seconds"]
+    return curves
 
 
 def run_peer_curve(label: str, command: str) -> dict | None:
@@ -91,6 +108,7 @@ def main(
     curve: Labelled,
     peer: Labelled = (),
     num_seeds: int = 10,
+    in_turns: bool = False,
     metric: str = "eval/episodic_return",
     x: tuple[Literal["steps", "steps_per_env", "seconds"], ...] = ("steps",),
     line: float | None = None,
@@ -105,6 +123,7 @@ def main(
         peer: "label=command" of another implementation; once for each. A peer with a variable, as
             $PUREJAXQL, that is not set is left out.
         num_seeds: Seeds of every curve; a peer's command says its own.
+        in_turns: Run the curves seed by seed in turns, to compare their seconds.
         metric: Column of metrics.csv to compare.
         x: What to plot over; each after the first is a further picture, <out>_<x>.png.
         line: Return at which to draw a horizontal line.
@@ -112,10 +131,14 @@ def main(
         flags: Flags of every script, before its own.
         out: Where the JSON file and the pictures go, without suffix.
     """
-    curves = {}
+    commands = {}
     for label, _, command in (text.partition("=") for text in curve):
         script, *own = command.split(maxsplit=1)
-        curves[label] = run_curve(" ".join(filter(None, [script, flags, *own])), num_seeds, metric)
+        commands[label] = " ".join(filter(None, [script, flags, *own]))
+    if in_turns:
+        curves = run_in_turns(commands, num_seeds, metric)
+    else:
+        curves = {label: run_curve(own, num_seeds, metric) for label, own in commands.items()}
     for label, _, command in (text.partition("=") for text in peer):
         curves[label] = run_peer_curve(label, command)
     curves = {label: own for label, own in curves.items() if own}

@@ -32,6 +32,7 @@ COLOURS = {
     "PQL": throughput.COLOURS["pql_isaac_style"],
     "PQL-D": "#EE7FB0",
     "DDPG(n)": "#666633",
+    "SAC(n)": "#7570B3",
     # The defaults of a script, and what is changed.
     "bootstrapped": PQN,
     "treated as terminal": CHANGED,
