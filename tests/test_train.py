@@ -243,12 +243,12 @@ ENVIRONMENTS = [
     "UmbrellaChain-bsuite", "DiscountingChain-bsuite", "BernoulliBandit-misc", "Breakout-MinAtar",
     "FourRooms-misc", "MetaMaze-misc",
 ]  # fmt: skip
-CONTINUOUS = ["MountainCarContinuous-v0", "Reacher-misc", "inverted_pendulum"]
+CONTINUOUS = ["MountainCarContinuous-v0", "Reacher-misc"]
 GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"]
 # Others make their environments in the lines of pqn_cartpole.py or of pql_isaac_style.py.
 TRAINED_ON = {"pqn_cartpole": ENVIRONMENTS, "pqn_rnn_craftax": ENVIRONMENTS[::3]}
-TRAINED_ON |= {"pqn_minatar": GAMES, "pql_isaac_style": CONTINUOUS[:2]}
-TRAINED_ON |= {"ppo_continuous_action": CONTINUOUS[2:]}
+TRAINED_ON |= {"pqn_minatar": GAMES, "pql_isaac_style": CONTINUOUS[:1]}
+TRAINED_ON |= {"ppo_continuous_action": CONTINUOUS[1:]}
 
 
 @pytest.mark.parametrize(
