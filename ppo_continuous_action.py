@@ -449,44 +449,47 @@ def make_train(config: Config):
     def reset(keys):
         """Environments at the start of an episode."""
         lengths, returns = jnp.zeros(len(keys), jnp.int32), jnp.zeros((2, len(keys)), jnp.float32)
-        return Envs(*jax.vmap(env.reset)(keys), lengths, *returns)
+        physics, obs = jax.vmap(env.reset)(keys)
+        return Envs(physics, obs.astype(jnp.float32), lengths, *returns)
 
     def value(networks, obs):
         return critic.apply(networks["critic"], obs)[..., 0]
 
-    def env_step(keys, physics, obs, action):
+    def policy(state, obs):
+        """Mean and log standard deviation of the actions."""
+        obs = normalize(obs, state.statistics, config.obs_clip)
+        return actor.apply(state.networks["actor"], obs)
+
+    def env_step(keys, envs, action):
         """A step without reset; a physics failure keeps obs, gives reward 0 and truncates."""
         # Only the environment sees clipped actions: log-probabilities are those of the samples.
-        physics, next_obs, reward, terminated, truncated = jax.vmap(env.step)(
-            keys, physics, jnp.clip(action, -1, 1)
+        physics, obs, reward, terminated, truncated = jax.vmap(env.step)(
+            keys, envs.physics, jnp.clip(action, -1, 1)
         )
         # NaN or diverging.
-        failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
-        next_obs = jnp.where(failed[:, None], obs, next_obs)
-        ends = terminated & ~failed, truncated | failed
-        return physics, next_obs, jnp.where(failed, 0, reward), *ends, failed
+        failed = ~((jnp.abs(obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
+        obs = jnp.where(failed[:, None], envs.obs, obs).astype(jnp.float32)
+        reward = jnp.where(failed, 0, reward).astype(jnp.float32)
+        truncated |= failed | (envs.length + 1 >= env.max_steps)
+        episodic_return = envs.episodic_return + reward
+        discounted_return = config.gamma * envs.discounted_return + reward
+        envs = Envs(physics, obs, envs.length + 1, episodic_return, discounted_return)
+        return envs, reward, terminated & ~failed, truncated, failed
 
     def collect(state, key):
         def step(envs, inputs):
             noise, step_keys, reset_keys = inputs
-            obs = normalize(envs.obs, state.statistics, config.obs_clip)
-            mean, log_std = actor.apply(state.networks["actor"], obs)
+            mean, log_std = policy(state, envs.obs)
             action = mean + jnp.exp(log_std) * noise
-            physics, next_obs, reward, terminated, truncated, failed = env_step(
-                step_keys, envs.physics, envs.obs, action
-            )
-            truncated |= envs.length + 1 >= env.max_steps
-            ends = terminated, truncated, failed
-            episodic_return = envs.episodic_return + reward
-            discounted_return = config.gamma * envs.discounted_return + reward
-            episode = envs.length + 1, episodic_return, discounted_return
             log_prob = gaussian_log_prob(action, mean, log_std)
-            row = Transition(envs.obs, action, log_prob, reward, next_obs, *ends, *episode)
+            after, reward, *ends, failed = env_step(step_keys, envs, action)
+            _, next_obs, *episode = after
+            row = Transition(envs.obs, action, log_prob, reward, next_obs, *ends, failed, *episode)
 
-            ended = terminated | truncated
+            ended = row.terminated | row.truncated
             envs = jax.tree.map(
                 lambda old, new: jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old),
-                Envs(physics, next_obs, *episode),
+                after,
                 reset(reset_keys),
             )
             return envs, row
@@ -565,18 +568,17 @@ def make_train(config: Config):
             return (carry[0] < env.max_steps) & ~carry[-1].all()
 
         def step(carry):
-            t, physics, obs, returns, finished = carry
+            t, envs, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
-            inputs = normalize(obs, state.statistics, config.obs_clip)
-            action, _ = actor.apply(state.networks["actor"], inputs)
-            physics, obs, reward, terminated, truncated, _ = env_step(keys, physics, obs, action)
-            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            return t + 1, physics, obs, returns, finished | terminated | truncated
+            action, _ = policy(state, envs.obs)
+            envs, reward, terminated, truncated, _ = env_step(keys, envs, action)
+            returns += jnp.where(finished, 0, reward)
+            return t + 1, envs, returns, finished | terminated | truncated
 
         reset_key, step_key = jax.random.split(key)
-        physics, obs, *_ = reset(jax.random.split(reset_key, config.eval_episodes))
+        envs = reset(jax.random.split(reset_key, config.eval_episodes))
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        return jax.lax.while_loop(unfinished, step, (0, physics, obs, zeros, zeros > 0))[3].mean()
+        return jax.lax.while_loop(unfinished, step, (0, envs, zeros, zeros > 0))[2].mean()
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
