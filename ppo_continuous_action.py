@@ -87,6 +87,8 @@ class Config:
     """Passes over each rollout."""
     num_minibatches: int = 32
     """Minibatches per pass; must divide num_envs * num_steps."""
+    initial_stddev: float = 1.0
+    """Initial standard deviation of the actions; it is learned, the same in all states."""
     obs_clip: float = 10.0
     """Clip range of the normalised observations."""
     norm_reward: bool = True
@@ -171,7 +173,7 @@ LIMITS = [
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma gae_lambda clip_coef"),
     (0, math.inf, "ent_coef vf_coef obs_clip checkpoint_interval"),
-    (1e-9, math.inf, "max_grad_norm"),
+    (1e-9, math.inf, "max_grad_norm initial_stddev"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -203,7 +205,8 @@ class GaussianPolicy(nn.Module):
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,), jnp.float32)
+        log_std = nn.initializers.constant(jnp.log(self.config.initial_stddev), jnp.float32)
+        log_std = self.param("log_std", log_std, (self.action_size,))
         return MLP(self.action_size, 0.01, self.config)(obs), log_std
 
 

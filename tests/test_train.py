@@ -36,7 +36,7 @@ OTHER_VALUES = {
     "ent_coef": 0.1, "vf_coef": 0.1, "tau": 0.3, "epsilon_start": 0.5, "epsilon_finish": 0.4,
     "epsilon_decay": 0.9, "max_grad_norm": 0.01, "reward_scale": 0.5, "forget_bias": 3.0,
     "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
-    "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0,
+    "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0, "initial_stddev": 0.5,
 }  # fmt: skip
 
 
