@@ -465,7 +465,8 @@ def make_train(config: Config):
 
     def env_step(keys, envs, action):
         """A step without reset; a physics failure keeps obs, gives reward 0 and truncates."""
-        # Only the environment sees clipped actions: log-probabilities are those of the samples.
+        # As in CleanRL and PureJaxRL, only the environment sees clipped actions: log-probabilities
+        # are those of the samples.
         physics, obs, reward, terminated, truncated = jax.vmap(env.step)(
             keys, envs.physics, jnp.clip(action, -1, 1)
         )
