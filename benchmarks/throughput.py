@@ -39,6 +39,7 @@ COLOURS = {
     "pqn_rnn_craftax": "#003F6B",
     "dqn_cartpole": "#E69F00",
     "ppo_cartpole": "#009E73",
+    "ppo_continuous_action": "#66C2A5",
     "pql_isaac_style": "#AA3377",
 }
 # The columns of the table: title, width, and the cell of a row.

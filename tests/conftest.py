@@ -31,6 +31,7 @@ SCRIPTS = {
     "pqn_cartpole": ROLLOUTS | {"num_layers": 1},
     "pqn_minatar": ROLLOUTS | {"num_channels": 4},
     "ppo_cartpole": ROLLOUTS | {"num_layers": 1},
+    "ppo_continuous_action": ROLLOUTS | {"num_layers": 1, "env_id": "Pendulum-v1"},
     "dqn_cartpole": SIZES
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},

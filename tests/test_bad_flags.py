@@ -27,12 +27,13 @@ BAD = {
 OF_SIZES = ("3", "31", "64")
 MALFORMED = ["--no-such-flag", "--num-env=4", "--num-envs", "--learning-rate", "leftover"]
 MALFORMED += ["--distributed"]  # there is no cluster
-DISCRETE = [name for name in SCRIPTS if name != "pql_isaac_style"]
+CONTINUOUS = having("make_physics")
+DISCRETE = [name for name in SCRIPTS if name not in CONTINUOUS]
 # A field that several scripts have has the same limits in all of them (test_same_lines.py): one
 # script is enough, but for what depends on the sizes of each.
 CASES = [("pqn_cartpole", flag) for flag in MALFORMED]
 CASES += [(script, "--env-id=Pendulum-v1") for script in DISCRETE]
-CASES += [("pql_isaac_style", "--env-id=CartPole-v1")]
+CASES += [(script, "--env-id=CartPole-v1") for script in CONTINUOUS]
 CASES += [(script, "--gamma=1.5") for script in SCRIPTS if script != "pqn_cartpole"]
 CASES += [
     (script, f"--{name}={value}")

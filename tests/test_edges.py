@@ -104,6 +104,7 @@ BILLIONS = {
     "pqn_cartpole": {"num_envs": 4, "num_steps": 8, "num_minibatches": 32, "num_epochs": 4},
     "pqn_minatar": {"num_envs": 4, "num_steps": 8, "num_minibatches": 32, "num_epochs": 4},
     "ppo_cartpole": {"num_envs": 4, "num_steps": 8, "num_minibatches": 16, "num_epochs": 4},
+    "ppo_continuous_action": {"num_envs": 4, "num_steps": 8, "num_epochs": 4},
     "pqn_rnn_craftax": {"num_envs": 4, "num_steps": 8, "num_minibatches": 4, "num_epochs": 4},
     "dqn_cartpole": {"num_envs": 4, "num_steps": 1, "target_interval": 8},
     "pql_isaac_style": {"num_envs": 4, "num_steps": 8},
@@ -113,8 +114,8 @@ BILLIONS = {
 def test_two_billion_steps(script, config, games):
     """Near the end of the longest run that is accepted, counters, rates and lengths are right."""
     sizes = BILLIONS[script.__name__] | {"total_timesteps": 2**31 - 1, "eval_interval": 0}
-    env_id = {"pql_isaac_style": config.env_id, "pqn_minatar": "ImageRing"}
-    env_id = env_id.get(script.__name__, "Ring")
+    env_id = "ImageRing" if hasattr(script, "GAMES") else "Ring"
+    env_id = config.env_id if hasattr(script, "make_physics") else env_id
     config = dataclasses.replace(config, env_id=env_id, **sizes)
     train = script.make_train(config)
     state = jax.jit(train.init)(jax.random.key(0))
@@ -198,6 +199,7 @@ def test_learning_that_never_starts_is_refused(script, config):
 
 CANNOT_LEARN = [
     ("ppo_cartpole", {"num_minibatches": 32}, "--norm-adv"),
+    ("ppo_continuous_action", {"num_minibatches": 32}, "--norm-adv"),
     ("pqn_cartpole", {"num_minibatches": 32, "norm": "batch_norm"}, "--norm batch_norm"),
     ("pqn_minatar", {"num_minibatches": 32, "norm": "batch_norm"}, "--norm batch_norm"),
     *(

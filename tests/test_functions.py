@@ -128,6 +128,21 @@ def test_clipped_losses(script):
     )
 
 
+@one_with("gaussian_log_prob", "gaussian_entropy")
+def test_gaussian(script):
+    """Against the density, written out, and the entropy as the mean of -log p over many samples."""
+    rng = np.random.default_rng(0)
+    action, mean = rng.normal(size=(2, 5, 4, 3)).astype(np.float32)
+    std = np.array([0.2, 1.0, 3.0], np.float32)
+    distances = (action.astype(np.float64) - mean) / std
+    densities = np.exp(-(distances**2) / 2) / np.sqrt(2 * np.pi * std**2)
+    ours = script.gaussian_log_prob(action, mean, jnp.log(std))
+    np.testing.assert_allclose(ours, np.log(densities.prod(-1)), rtol=1e-4)
+    samples = mean[0, 0] + std * rng.normal(size=(200_000, 3)).astype(np.float32)
+    log_probs = script.gaussian_log_prob(samples, mean[0, 0], jnp.log(std))
+    np.testing.assert_allclose(script.gaussian_entropy(jnp.log(std)), -log_probs.mean(), atol=0.01)
+
+
 @one_with("td_targets")
 def test_td_targets(script):
     targets = script.td_targets(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PQL on Pendulum and ant.
+# PQL on Pendulum and ant, PPO for continuous actions on tasks of brax.
 # Run it whole, or copy a command: each works from the root of the repository. See README.md here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -48,6 +48,18 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_ant \
     --curve "PQL=pql_isaac_style" \
     --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n" \
     --peer 'PPO of brax=$BRAX benchmarks/studies/peers/brax_ppo.py --num-seeds 3 --total-timesteps 1000000'
+
+python benchmarks/studies/curves.py --out benchmarks/results/ppo_ant \
+    --title ant --num-seeds 5 --x steps seconds \
+    --flags="--env-id ant --num-envs 256 --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 12 --eval-episodes 16 --total-timesteps 1e6" \
+    --curve "PPO=ppo_continuous_action" \
+    --peer 'PPO of brax=$BRAX benchmarks/studies/peers/brax_ppo.py --env-id ant --num-seeds 5 --total-timesteps 1000000'
+
+python benchmarks/studies/curves.py --out benchmarks/results/ppo_inverted_double_pendulum \
+    --title inverted_double_pendulum --num-seeds 5 --x steps seconds \
+    --flags="--env-id inverted_double_pendulum --num-envs 256 --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 12 --eval-episodes 16 --total-timesteps 1e6" \
+    --curve "PPO=ppo_continuous_action" \
+    --peer 'PPO of brax=$BRAX benchmarks/studies/peers/brax_ppo.py --env-id inverted_double_pendulum --num-seeds 5 --total-timesteps 1000000'
 
 python benchmarks/throughput.py pql_isaac_style --out benchmarks/results/pql_throughput \
     --num-envs 64 512 4096 --steps-per-env 160 \
