@@ -356,26 +356,72 @@ def make_env(env_id: str, backend: str) -> Env:
 
     def reset(key):
         state = env.reset(key)
-        return state, state.obs
+        return state, state.obs.astype(jnp.float32)
 
     def step(key, state, action):
         state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0, jnp.bool_(False)
+        obs, reward = state.obs.astype(jnp.float32), state.reward.astype(jnp.float32)
+        return state, obs, reward, state.done > 0, jnp.bool_(False)
 
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
 
 
-# --- Training -------------------------------------------------------------------------------------
-
-
-class Envs(NamedTuple):
-    """All environments, in the middle of their episodes."""
+class EnvState(NamedTuple):
+    """All environments."""
 
     physics: Any
     obs: jax.Array  # [num_envs, obs_size]
     length: jax.Array  # [num_envs], of the episode so far
     episodic_return: jax.Array  # [num_envs], of the episode so far
-    discounted_return: jax.Array  # [num_envs], the same with the sum discounted by gamma
+
+
+class Step(NamedTuple):
+    """One step of all environments."""
+
+    obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    next_obs: jax.Array  # after the step, before any reset
+    terminated: jax.Array
+    truncated: jax.Array
+
+
+def reset_envs(env: Env, key: jax.Array, num_envs: int) -> EnvState:
+    physics, obs = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    zeros = jnp.zeros(num_envs, jnp.float32)
+    return EnvState(physics, obs, zeros.astype(jnp.int32), zeros)
+
+
+def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
+    """The state after a step of all environments, the Step, and sums over finished episodes.
+
+    An environment whose episode ends begins a new one. Where the physics fail (NaN or diverging),
+    the episode is truncated, with the observation before the failure and reward 0.
+    """
+    step_key, reset_key = jax.random.split(key)
+    keys = jax.random.split(step_key, len(action))
+    physics, next_obs, reward, *ends = jax.vmap(env.step)(keys, state.physics, action)
+    failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
+    next_obs = jnp.where(failed[:, None], state.obs, next_obs)
+    reward = jnp.where(failed, 0, reward)
+    length, episodic_return = state.length + 1, state.episodic_return + reward
+    terminated = ends[0] & ~failed
+    truncated = ends[1] | failed | (length >= env.max_steps)
+    ended = terminated | truncated
+    # Floats, as a sum of lengths may overflow int32.
+    sums = {"length": ended * length.astype(jnp.float32), "return": ended * episodic_return}
+    sums |= {"ended": ended, "failed": failed}
+
+    def restart(old, new):
+        return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    after = EnvState(physics, next_obs, length, episodic_return)
+    after = jax.tree.map(restart, after, reset_envs(env, reset_key, len(action)))
+    step = Step(state.obs, action, reward, next_obs, terminated, truncated)
+    return after, step, jax.tree.map(jnp.sum, sums)
+
+
+# --- Training -------------------------------------------------------------------------------------
 
 
 class TrainState(NamedTuple):
@@ -385,7 +431,8 @@ class TrainState(NamedTuple):
     opt_state: Any
     statistics: Statistics  # of observations, up to the last update
     return_statistics: Statistics  # of discounted returns
-    envs: Envs
+    env: EnvState
+    discounted_return: jax.Array  # [num_envs], of the episode so far
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
@@ -405,10 +452,7 @@ class Transition(NamedTuple):
     next_obs: jax.Array  # after the step, before any reset
     terminated: jax.Array
     truncated: jax.Array
-    failed: jax.Array  # physics failures
-    length: jax.Array  # this and the returns are of the episode so far
-    episodic_return: jax.Array
-    discounted_return: jax.Array
+    discounted_return: jax.Array  # of the episode so far
 
 
 def make_train(config: Config):
@@ -437,23 +481,19 @@ def make_train(config: Config):
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
-        envs = reset(jax.random.split(reset_key, config.num_envs))
-        networks = {
-            "actor": actor.init(actor_key, envs.obs),
-            "critic": critic.init(critic_key, envs.obs),
-        }
-        opt_state, mean = optimizer.init(networks), jnp.zeros(env.obs_size, jnp.float32)
-        statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
-        return_statistics = Statistics(*jnp.array([0, 1, 0], jnp.float32))
+        env_state = reset_envs(env, reset_key, config.num_envs)
+        obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
+        networks = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
         return TrainState(
-            networks, opt_state, statistics, return_statistics, envs, key, jnp.int32(0)
+            networks,
+            optimizer.init(networks),
+            Statistics(mean, jnp.ones_like(mean), jnp.float32(0)),
+            Statistics(*jnp.array([0, 1, 0], jnp.float32)),
+            env_state,
+            jnp.zeros(config.num_envs, jnp.float32),
+            key,
+            jnp.int32(0),
         )
-
-    def reset(keys):
-        """Environments at the start of an episode."""
-        lengths, returns = jnp.zeros(len(keys), jnp.int32), jnp.zeros((2, len(keys)), jnp.float32)
-        physics, obs = jax.vmap(env.reset)(keys)
-        return Envs(physics, obs.astype(jnp.float32), lengths, *returns)
 
     def value(networks, obs):
         return critic.apply(networks["critic"], obs)[..., 0]
@@ -463,48 +503,35 @@ def make_train(config: Config):
         obs = normalize(obs, state.statistics, config.obs_clip)
         return actor.apply(state.networks["actor"], obs)
 
-    def env_step(keys, envs, action):
-        """A step without reset; a physics failure keeps obs, gives reward 0 and truncates."""
-        # As in CleanRL and PureJaxRL, only the environment sees clipped actions: log-probabilities
-        # are those of the samples.
-        physics, obs, reward, terminated, truncated = jax.vmap(env.step)(
-            keys, envs.physics, jnp.clip(action, -1, 1)
-        )
-        # NaN or diverging.
-        failed = ~((jnp.abs(obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
-        obs = jnp.where(failed[:, None], envs.obs, obs).astype(jnp.float32)
-        reward = jnp.where(failed, 0, reward).astype(jnp.float32)
-        truncated |= failed | (envs.length + 1 >= env.max_steps)
-        episodic_return = envs.episodic_return + reward
-        discounted_return = config.gamma * envs.discounted_return + reward
-        envs = Envs(physics, obs, envs.length + 1, episodic_return, discounted_return)
-        return envs, reward, terminated & ~failed, truncated, failed
-
     def collect(state, key):
-        def step(envs, inputs):
-            noise, step_keys, reset_keys = inputs
-            mean, log_std = policy(state, envs.obs)
+        def step(carry, inputs):
+            env_state, discounted_return = carry
+            noise, step_key = inputs
+            mean, log_std = policy(state, env_state.obs)
             action = mean + jnp.exp(log_std) * noise
             log_prob = gaussian_log_prob(action, mean, log_std)
-            after, reward, *ends, failed = env_step(step_keys, envs, action)
-            _, next_obs, *episode = after
-            row = Transition(envs.obs, action, log_prob, reward, next_obs, *ends, failed, *episode)
+            # As in CleanRL, the environment alone sees clipped actions.
+            env_state, step, sums = step_envs(env, step_key, env_state, jnp.clip(action, -1, 1))
+            discounted_return = config.gamma * discounted_return + step.reward
+            outcomes = step.reward, step.next_obs, step.terminated, step.truncated
+            row = Transition(step.obs, action, log_prob, *outcomes, discounted_return)
+            ended = step.terminated | step.truncated
+            return (env_state, jnp.where(ended, 0, discounted_return)), (row, sums)
 
-            ended = row.terminated | row.truncated
-            envs = jax.tree.map(
-                lambda old, new: jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old),
-                after,
-                reset(reset_keys),
-            )
-            return envs, row
-
-        noise_key, step_key, reset_key = jax.random.split(key, 3)
-        shape = config.num_steps, config.num_envs
-        noise = jax.random.normal(noise_key, (*shape, env.action_size), jnp.float32)
-        keys = jax.random.split(step_key, shape), jax.random.split(reset_key, shape)
-        envs, rollout = jax.lax.scan(step, state.envs, (noise, *keys))
-        statistics = update_statistics(state.return_statistics, rollout.discounted_return.ravel())
-        return state._replace(return_statistics=statistics, envs=envs), rollout
+        noise_key, step_key = jax.random.split(key)
+        shape = config.num_steps, config.num_envs, env.action_size
+        noise = jax.random.normal(noise_key, shape, jnp.float32)
+        inputs = noise, jax.random.split(step_key, config.num_steps)
+        carry = state.env, state.discounted_return
+        (env_state, discounted_return), (rollout, sums) = jax.lax.scan(step, carry, inputs)
+        state = state._replace(
+            env=env_state,
+            discounted_return=discounted_return,
+            return_statistics=update_statistics(
+                state.return_statistics, rollout.discounted_return.ravel()
+            ),
+        )
+        return state, rollout, jax.tree.map(jnp.sum, sums)
 
     def prepare(state, rollout):
         """A flat batch of inputs of the loss; the critic evaluates the rollout in one pass."""
@@ -568,35 +595,31 @@ def make_train(config: Config):
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
-        def unfinished(carry):
-            return (carry[0] < env.max_steps) & ~carry[-1].all()
-
         def step(carry):
-            t, envs, returns, finished = carry
-            keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
-            action, _ = policy(state, envs.obs)
-            envs, reward, terminated, truncated, _ = env_step(keys, envs, action)
-            returns += jnp.where(finished, 0, reward)
-            return t + 1, envs, returns, finished | terminated | truncated
+            env_state, returns, finished, key = carry
+            key, step_key = jax.random.split(key)
+            action, _ = policy(state, env_state.obs)
+            env_state, step, _ = step_envs(env, step_key, env_state, jnp.clip(action, -1, 1))
+            returns += jnp.where(finished, 0, step.reward).astype(jnp.float32)
+            return env_state, returns, finished | step.terminated | step.truncated, key
 
         reset_key, step_key = jax.random.split(key)
-        envs = reset(jax.random.split(reset_key, config.eval_episodes))
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        return jax.lax.while_loop(unfinished, step, (0, envs, zeros, zeros > 0))[2].mean()
+        carry = reset_envs(env, reset_key, len(zeros)), zeros, zeros > 0, step_key
+        return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
             jax.random.fold_in(state.key, number), 3
         )
-        state, rollout = collect(state, collect_key)
+        state, rollout, sums = collect(state, collect_key)
         state, losses = learn(state, rollout, learn_key)
 
-        ended = rollout.terminated | rollout.truncated
         metrics = losses | {
             "global_step": (number + 1) * config.batch_size,
-            "charts/episodic_return": rollout.episodic_return.mean(where=ended),
-            "charts/episodic_length": rollout.length.mean(where=ended),
-            "charts/physics_failures": rollout.failed.sum(),
+            "charts/episodic_return": sums["return"] / sums["ended"],
+            "charts/episodic_length": sums["length"] / sums["ended"],
+            "charts/physics_failures": sums["failed"],
             "charts/learning_rate": learning_rate(number),
         }
         if config.eval_interval:

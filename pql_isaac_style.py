@@ -435,11 +435,12 @@ def make_env(env_id: str, backend: str) -> Env:
 
     def reset(key):
         state = env.reset(key)
-        return state, state.obs
+        return state, state.obs.astype(jnp.float32)
 
     def step(key, state, action):
         state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0, jnp.bool_(False)
+        obs, reward = state.obs.astype(jnp.float32), state.reward.astype(jnp.float32)
+        return state, obs, reward, state.done > 0, jnp.bool_(False)
 
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
 

@@ -48,7 +48,7 @@ def test_running_statistics_of_returns(timed):
     assert state.return_statistics.count == 4 * 16
     np.testing.assert_allclose(state.return_statistics.mean, np.mean(returns), rtol=1e-5)
     np.testing.assert_allclose(state.return_statistics.var, np.var(returns), rtol=1e-5)
-    np.testing.assert_allclose(state.envs.discounted_return, returns[-1])
+    np.testing.assert_allclose(state.discounted_return, returns[-1])
 
 
 def test_statistics_and_rewards_in_the_loss(timed):
@@ -82,7 +82,7 @@ def test_physics_that_fail():
     config = dataclasses.replace(TINY, env_id=Failing.__name__)
     state, metrics = jax.jit(ppo.make_train(config))(jax.random.key(0))
     assert metrics["charts/physics_failures"].sum() > 0
-    learned = state.params, state.envs, state.return_statistics, metrics["losses/grad_norm"]
+    learned = state.params, state.env.obs, state.return_statistics, metrics["losses/grad_norm"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(learned))
     assert 3 <= np.nanmin(metrics["charts/episodic_length"]) <= 5
 
@@ -94,5 +94,5 @@ def test_episodes_begin_afresh():
     before = jax.jit(train.init)(jax.random.key(0))
     after, metrics = jax.jit(lambda state: train(state=state))(before)
     np.testing.assert_array_equal(metrics["charts/episodic_length"], 200)
-    assert not np.asarray(after.envs.length).any()
-    assert len(np.unique(jnp.concatenate([before.envs.obs, after.envs.obs]), axis=0)) == 128
+    assert not np.asarray(after.env.length).any()
+    assert len(np.unique(jnp.concatenate([before.env.obs, after.env.obs]), axis=0)) == 128
