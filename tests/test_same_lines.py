@@ -9,12 +9,13 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What scripts have under one name and of their own.
-OWN = {"Config", "MLP", "QNetwork", "TrainState", "Transition", "make_env", "make_train", "LIMITS"}
+OWN = {"Config", "LIMITS", "MLP", "QNetwork", "TrainState", "Transition", "make_env", "make_train"}
 # Who differs from the others, and why.
 VARIANTS = {
     "is_nan": {"dqn_cartpole"},  # nothing is measured before learning starts
     "make_programs": {"dqn_cartpole", "pql_isaac_style", "pqn_rnn_craftax"},  # replay; environments
     "start_devices": {"pqn_rnn_craftax"},  # environments over devices
+    "THREADED_BATCH": {"pql_isaac_style"},  # measured
 }
 RULE = "# --- Running it: not needed to copy the algorithm"
 

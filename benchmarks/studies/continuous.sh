@@ -1,19 +1,36 @@
 #!/usr/bin/env bash
-# PQL on Pendulum and ant, PPO for continuous actions on tasks of brax.
+# PQL, its baselines and PPO on continuous control.
 # Run it whole, or copy a command: each works from the root of the repository. See README.md here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+# Seeds that no setting was chosen on.
 python benchmarks/studies/curves.py --out benchmarks/results/pql_pendulum \
-    --title Pendulum-v1 --line=-200 \
-    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5" \
+    --title Pendulum-v1 --line=-200 --num-seeds 16 \
+    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5 --seed 1000" \
     --curve "PQL=pql_isaac_style" \
     --curve "PQL-D=pql_isaac_style --algorithm pql_d --reward-scale 0.01" \
     --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n"
 
+python benchmarks/studies/curves.py --out benchmarks/results/pql_ant \
+    --title ant --num-seeds 5 --in-turns --x steps seconds \
+    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
+    --curve "PQL=pql_isaac_style" \
+    --curve "PQL-D=pql_isaac_style --algorithm pql_d --reward-scale 0.01" \
+    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n --policy-updates 8" \
+    --curve "SAC(n)=pql_isaac_style --algorithm sac_n --policy-updates 8"
+
+python benchmarks/studies/curves.py --out benchmarks/results/pql_humanoid \
+    --title humanoid --num-seeds 5 --in-turns --x steps seconds \
+    --flags="--env-id humanoid --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 3e5" \
+    --curve "PQL=pql_isaac_style" \
+    --curve "PQL-D=pql_isaac_style --algorithm pql_d --reward-scale 0.01" \
+    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n --policy-updates 8" \
+    --curve "SAC(n)=pql_isaac_style --algorithm sac_n --policy-updates 8"
+
 python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
-    --title "Pendulum-v1, exploration noise" --line=-200 --num-seeds 4 \
-    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
+    --title "ant, exploration noise" --num-seeds 5 \
+    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
     --curve "mixed=pql_isaac_style" \
     --curve "0.2=pql_isaac_style --stddev-min 0.2 --stddev-max 0.2" \
     --curve "0.4=pql_isaac_style --stddev-min 0.4 --stddev-max 0.4" \
@@ -21,33 +38,26 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
     --curve "0.8=pql_isaac_style --stddev-min 0.8 --stddev-max 0.8"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_beta_pv \
-    --title "Pendulum-v1, policy : value updates" --line=-200 --num-seeds 4 \
-    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
+    --title "ant, policy : value updates" --num-seeds 5 \
+    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
     --curve "1:1=pql_isaac_style --policy-updates 8" \
     --curve "1:2=pql_isaac_style" \
     --curve "1:4=pql_isaac_style --policy-updates 2"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_beta_av \
-    --title "Pendulum-v1, steps : value updates" --line=-200 --num-seeds 4 \
-    --flags="--env-id Pendulum-v1 --num-envs 128 --num-steps 32 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 1 --total-timesteps 5e4" \
+    --title "ant, steps : value updates" --num-seeds 5 --x steps seconds \
+    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
     --curve "1:4=pql_isaac_style --critic-updates 4 --policy-updates 2" \
     --curve "1:8=pql_isaac_style" \
     --curve "1:12=pql_isaac_style --critic-updates 12 --policy-updates 6"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_num_envs \
-    --title Pendulum-v1 --line=-200 --num-seeds 4 --x steps seconds \
-    --flags="--env-id Pendulum-v1 --batch-size 512 --hidden-sizes 128 128 --learning-rate 1e-3 --reward-scale 0.1 --buffer-size 200000 --eval-interval 2 --total-timesteps 1e5" \
-    --curve "64 environments=pql_isaac_style --num-envs 64 --num-steps 64 --warmup-steps 64" \
-    --curve "128 environments=pql_isaac_style --num-envs 128 --num-steps 32 --warmup-steps 32" \
-    --curve "512 environments=pql_isaac_style --num-envs 512 --num-steps 8 --warmup-steps 8" \
-    --curve "1024 environments=pql_isaac_style --num-envs 1024 --num-steps 4 --warmup-steps 4"
-
-python benchmarks/studies/curves.py --out benchmarks/results/pql_ant \
-    --title ant --num-seeds 3 --x steps seconds \
-    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 512 --hidden-sizes 256 128 --buffer-size 1000000 --reward-scale 0.1 --eval-interval 5 --eval-episodes 16 --total-timesteps 250000" \
-    --curve "PQL=pql_isaac_style" \
-    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n" \
-    --peer 'PPO of brax=$BRAX benchmarks/studies/peers/brax_ppo.py --num-seeds 3 --total-timesteps 1000000'
+    --title ant --num-seeds 5 --in-turns --x steps seconds \
+    --flags="--env-id ant --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
+    --curve "64 environments=pql_isaac_style --num-envs 64 --num-steps 128 --eval-interval 2" \
+    --curve "128 environments=pql_isaac_style --num-envs 128 --num-steps 64 --eval-interval 2" \
+    --curve "512 environments=pql_isaac_style --num-envs 512 --num-steps 16 --eval-interval 2 --warmup-steps 8" \
+    --curve "4096 environments=pql_isaac_style --num-envs 4096 --num-steps 2 --eval-interval 2 --warmup-steps 4"
 
 python benchmarks/studies/curves.py --out benchmarks/results/ppo_ant \
     --title ant --num-seeds 5 --x steps seconds \
