@@ -6,9 +6,9 @@ actions (DDPG with double Q and n-step targets), thousands of environments, and 
 that differs between them.
 
 The paper's actor, value learner and policy learner are processes that exchange parameters. Here
-they are three functions of one program that start from the same state, so none waits for another
-within a cycle, and each sees the others' parameters as late as in the paper. The update ratios are
-exact, without the paper's controller; nothing runs on a device of its own.
+they are three functions of one program that start a cycle from the same state, so none waits for
+another, and each sees the others' parameters of the cycle before. The update ratios are exact,
+without the paper's controller; nothing runs on a device of its own.
 
     python pql_isaac_style.py --env-id ant          # trains, plots, saves; --help lists the flags
 
