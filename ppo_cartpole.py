@@ -130,10 +130,12 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
+            if isinstance(value, jax.core.Tracer) and value.dtype == np.float64:
+                object.__setattr__(self, name, value.astype(jnp.float32))
             if isinstance(value, list):  # from JSON
                 object.__setattr__(self, name, tuple(value))
         for low, high, names in LIMITS:

@@ -2,7 +2,8 @@
 
 Proximal Policy Optimisation: Schulman et al., 2017, arXiv 1707.06347, with the details of CleanRL's
 ppo_continuous_action.py, as in PureJaxRL (Lu et al., 2022). Unlike ppo_cartpole.py, it has a
-Gaussian policy, and normalises observations and rewards by running statistics.
+Gaussian policy, and normalises observations and rewards by running statistics. These are updated
+once per update, not at every step, and normalised rewards are not clipped.
 
     python ppo_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
@@ -57,7 +58,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are those of PureJaxRL's ppo_continuous_action.py, on ant."""
+    """The defaults are PureJaxRL's, except env_id, backend and obs_clip (CleanRL's)."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
@@ -142,10 +143,12 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
+            if isinstance(value, jax.core.Tracer) and value.dtype == np.float64:
+                object.__setattr__(self, name, value.astype(jnp.float32))
             if isinstance(value, list):  # from JSON
                 object.__setattr__(self, name, tuple(value))
         for low, high, names in LIMITS:
@@ -172,8 +175,8 @@ LIMITS = [
     (1, 2**31 - 1, "hidden_size num_layers eval_episodes"),
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate gamma gae_lambda clip_coef"),
-    (0, math.inf, "ent_coef vf_coef obs_clip checkpoint_interval"),
-    (1e-9, math.inf, "max_grad_norm initial_stddev"),
+    (0, math.inf, "ent_coef vf_coef checkpoint_interval"),
+    (1e-9, math.inf, "max_grad_norm initial_stddev obs_clip"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -205,8 +208,8 @@ class GaussianPolicy(nn.Module):
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_std = nn.initializers.constant(jnp.log(self.config.initial_stddev), jnp.float32)
-        log_std = self.param("log_std", log_std, (self.action_size,))
+        init = nn.initializers.constant(jnp.log(self.config.initial_stddev), jnp.float32)
+        log_std = self.param("log_std", init, (self.action_size,))
         return MLP(self.action_size, 0.01, self.config)(obs), log_std
 
 
@@ -214,7 +217,7 @@ class GaussianPolicy(nn.Module):
 
 
 class Statistics(NamedTuple):
-    """Running mean and variance of observations."""
+    """Running mean and variance, such as of observations."""
 
     mean: jax.Array
     var: jax.Array
@@ -333,7 +336,8 @@ def make_env(env_id: str, backend: str) -> Env:
         if spaces != ["Box", "Box"]:
             takes = "it takes Box observations and actions"
             raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
-
+        if not np.isfinite(np.subtract(space.high, space.low)).all():
+            raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
         if not hasattr(params, "max_steps_in_episode"):
             raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
 
@@ -346,7 +350,7 @@ def make_env(env_id: str, backend: str) -> Env:
             action = action.reshape(space.shape)
             obs, physics, reward, terminated, _ = env.step_env(key, physics, action, params)
             truncated = env.is_truncated(physics, params)
-            obs, reward = obs.ravel().astype(jnp.float32), reward.astype(jnp.float32)
+            obs, reward = obs.ravel().astype(jnp.float32), jnp.float32(reward)
             return physics, obs, reward, terminated, truncated
 
         obs_size = math.prod(env.observation_space(params).shape)
@@ -360,7 +364,7 @@ def make_env(env_id: str, backend: str) -> Env:
 
     def step(key, state, action):
         state = env.step(state, action)
-        obs, reward = state.obs.astype(jnp.float32), state.reward.astype(jnp.float32)
+        obs, reward = state.obs.astype(jnp.float32), jnp.float32(state.reward)
         return state, obs, reward, state.done > 0, jnp.bool_(False)
 
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
@@ -395,8 +399,9 @@ def reset_envs(env: Env, key: jax.Array, num_envs: int) -> EnvState:
 def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     """The state after a step of all environments, the Step, and sums over finished episodes.
 
-    An environment whose episode ends begins a new one. Where the physics fail (NaN or diverging),
-    the episode is truncated, with the observation before the failure and reward 0.
+    An environment whose episode ends begins a new one. Where the physics fail (NaN, or an
+    observation or reward of 1e6 or more), the episode is truncated, with reward 0 and the
+    observation before the failure.
     """
     step_key, reset_key = jax.random.split(key)
     keys = jax.random.split(step_key, len(action))
@@ -419,6 +424,22 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     after = jax.tree.map(restart, after, reset_envs(env, reset_key, len(action)))
     step = Step(state.obs, action, reward, next_obs, terminated, truncated)
     return after, step, jax.tree.map(jnp.sum, sums)
+
+
+def mean_return(env: Env, key: jax.Array, num_episodes: int, policy: Callable) -> jax.Array:
+    """Mean return of episodes with actions policy(obs), each from reset to end."""
+
+    def step(carry):
+        env_state, returns, finished, key = carry
+        key, step_key = jax.random.split(key)
+        env_state, step, _ = step_envs(env, step_key, env_state, policy(env_state.obs))
+        returns += jnp.where(finished, 0, step.reward)
+        return env_state, returns, finished | step.terminated | step.truncated, key
+
+    reset_key, step_key = jax.random.split(key)
+    returns, finished = jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, bool)
+    carry = reset_envs(env, reset_key, num_episodes), returns, finished, step_key
+    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -593,20 +614,10 @@ def make_train(config: Config):
         return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from reset to end."""
-
-        def step(carry):
-            env_state, returns, finished, key = carry
-            key, step_key = jax.random.split(key)
-            action, _ = policy(state, env_state.obs)
-            env_state, step, _ = step_envs(env, step_key, env_state, jnp.clip(action, -1, 1))
-            returns += jnp.where(finished, 0, step.reward).astype(jnp.float32)
-            return env_state, returns, finished | step.terminated | step.truncated, key
-
-        reset_key, step_key = jax.random.split(key)
-        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        carry = reset_envs(env, reset_key, len(zeros)), zeros, zeros > 0, step_key
-        return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
+        """Mean return of eval_episodes greedy episodes."""
+        return mean_return(
+            env, key, config.eval_episodes, lambda obs: jnp.clip(policy(state, obs)[0], -1, 1)
+        )
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(

@@ -7,8 +7,8 @@ that differs between them.
 
 The paper's actor, value learner and policy learner are processes that exchange parameters. Here
 they are three functions of one program that start a cycle from the same state, so none waits for
-another, and each sees the others' parameters of the cycle before. The update ratios are exact,
-without the paper's controller; nothing runs on a device of its own.
+another, and each sees the others' parameters from the previous cycle. The update ratios are exact,
+without the paper's controller; all three run on one device.
 
     python pql_isaac_style.py --env-id ant          # trains, plots, saves; --help lists the flags
 
@@ -70,7 +70,7 @@ class Config:
     num_seeds: int = 1
     """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int = 100_000_000
-    """Total environment steps per seed, over all environments, including warm-up."""
+    """Total environment steps per seed, with warm-up; rounded down to whole updates."""
 
     env_id: str = "ant"
     """Task of brax, of gymnax or, if MuJoCo Playground is installed, of its dm_control suite."""
@@ -86,7 +86,7 @@ class Config:
     learning_rate: float = 5e-4
     """Learning rate of AdamW, for critics and policy."""
     alpha_learning_rate: float = 5e-3
-    """Learning rate of the entropy's weight (sac_n)."""
+    """Learning rate of the entropy's weight (sac_n); never annealed."""
     anneal_lr: bool = False
     """Anneal the learning rate linearly to zero."""
     weight_decay: float = 0.01
@@ -98,11 +98,13 @@ class Config:
     n_steps: int = 3
     """Rewards in an n-step target."""
     reward_scale: float = 0.01
-    """Scale of training rewards (1 for ANYmal, 0.1 for Franka); reported returns are unscaled."""
+    """Scale of training rewards; reported returns are unscaled."""
     critic_updates: int = 8
     """Critic updates per step of all environments; the paper's beta_a:v is 1:critic_updates."""
     policy_updates: int = 4
-    """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates."""
+    """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates.
+
+    The paper has 8 for ddpg_n and sac_n."""
     sync_every: int = 1
     """Steps of all environments between exchanges of parameters, statistics and transitions."""
     buffer_size: int = 5_000_000
@@ -130,7 +132,7 @@ class Config:
     hidden_sizes: tuple[int, ...] = (512, 256, 128)
     """Units of each hidden layer."""
     bootstrap_on_truncation: bool = True
-    """Bootstrap at time limits; if off, treat them as terminal, as the authors' code does."""
+    """Bootstrap at time limits; if off, treat them as terminal."""
 
     eval_interval: int = 20
     """Updates between greedy evaluations (the last update always has one); 0 for none."""
@@ -165,10 +167,12 @@ class Config:
         return (self.total_timesteps - self.warmup_timesteps) // self.steps_per_update
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for an invalid value; skips traced values."""
+        """Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
+            if isinstance(value, jax.core.Tracer) and value.dtype == np.float64:
+                object.__setattr__(self, name, value.astype(jnp.float32))
             if isinstance(value, list):  # from JSON
                 object.__setattr__(self, name, tuple(value))
         for low, high, names in LIMITS:
@@ -201,18 +205,19 @@ LIMITS = [
     (1, 2**31 - 1, "policy_updates sync_every buffer_size batch_size warmup_steps eval_episodes"),
     (2, 2**31 - 1, "num_atoms"),
     (0, 2**31 - 1, "seed eval_interval"),
-    (0, 1, "learning_rate alpha_learning_rate gamma tau"),
+    (0, 1, "learning_rate alpha_learning_rate gamma"),
+    (1e-9, 1, "tau"),
     (0, math.inf, "weight_decay reward_scale stddev_min stddev_max"),
-    (0, math.inf, "target_noise target_noise_clip obs_clip checkpoint_interval"),
+    (0, math.inf, "target_noise target_noise_clip checkpoint_interval"),
     (1e-3, math.inf, "value_bound"),
-    (1e-9, math.inf, "max_grad_norm"),
+    (1e-9, math.inf, "max_grad_norm obs_clip"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
-    """Dense, ELU layers with PyTorch's initial weights: [..., num_inputs] to [..., num_outputs]."""
+    """Dense layers with ELU, PyTorch's initial weights: [..., num_inputs] to [..., num_outputs]."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
@@ -241,7 +246,7 @@ class DoubleCritic(nn.Module):
 
 
 class Transition(NamedTuple):
-    """n steps of all environments; the replay adds a leading axis of buffer_size // num_envs."""
+    """n-step transitions; the replay adds a leading axis of buffer_size // num_envs."""
 
     obs: jax.Array
     action: jax.Array
@@ -251,7 +256,7 @@ class Transition(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Running mean and variance of observations."""
+    """Running mean and variance, such as of observations."""
 
     mean: jax.Array
     var: jax.Array
@@ -412,7 +417,8 @@ def make_env(env_id: str, backend: str) -> Env:
         if spaces != ["Box", "Box"]:
             takes = "it takes Box observations and actions"
             raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
-
+        if not np.isfinite(np.subtract(space.high, space.low)).all():
+            raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
         if not hasattr(params, "max_steps_in_episode"):
             raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
 
@@ -425,7 +431,7 @@ def make_env(env_id: str, backend: str) -> Env:
             action = action.reshape(space.shape)
             obs, physics, reward, terminated, _ = env.step_env(key, physics, action, params)
             truncated = env.is_truncated(physics, params)
-            obs, reward = obs.ravel().astype(jnp.float32), reward.astype(jnp.float32)
+            obs, reward = obs.ravel().astype(jnp.float32), jnp.float32(reward)
             return physics, obs, reward, terminated, truncated
 
         obs_size = math.prod(env.observation_space(params).shape)
@@ -439,7 +445,7 @@ def make_env(env_id: str, backend: str) -> Env:
 
     def step(key, state, action):
         state = env.step(state, action)
-        obs, reward = state.obs.astype(jnp.float32), state.reward.astype(jnp.float32)
+        obs, reward = state.obs.astype(jnp.float32), jnp.float32(state.reward)
         return state, obs, reward, state.done > 0, jnp.bool_(False)
 
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
@@ -474,8 +480,9 @@ def reset_envs(env: Env, key: jax.Array, num_envs: int) -> EnvState:
 def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     """The state after a step of all environments, the Step, and sums over finished episodes.
 
-    An environment whose episode ends begins a new one. Where the physics fail (NaN or diverging),
-    the episode is truncated, with the observation before the failure and reward 0.
+    An environment whose episode ends begins a new one. Where the physics fail (NaN, or an
+    observation or reward of 1e6 or more), the episode is truncated, with reward 0 and the
+    observation before the failure.
     """
     step_key, reset_key = jax.random.split(key)
     keys = jax.random.split(step_key, len(action))
@@ -498,6 +505,22 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     after = jax.tree.map(restart, after, reset_envs(env, reset_key, len(action)))
     step = Step(state.obs, action, reward, next_obs, terminated, truncated)
     return after, step, jax.tree.map(jnp.sum, sums)
+
+
+def mean_return(env: Env, key: jax.Array, num_episodes: int, policy: Callable) -> jax.Array:
+    """Mean return of episodes with actions policy(obs), each from reset to end."""
+
+    def step(carry):
+        env_state, returns, finished, key = carry
+        key, step_key = jax.random.split(key)
+        env_state, step, _ = step_envs(env, step_key, env_state, policy(env_state.obs))
+        returns += jnp.where(finished, 0, step.reward)
+        return env_state, returns, finished | step.terminated | step.truncated, key
+
+    reset_key, step_key = jax.random.split(key)
+    returns, finished = jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, bool)
+    carry = reset_envs(env, reset_key, num_episodes), returns, finished, step_key
+    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -609,14 +632,14 @@ def make_train(config: Config):
         return state._replace(actor=actor, replay=replay, fresh=fresh)
 
     def choose(params, obs, noise):
-        """Actions and, with sac_n, their log-probabilities; there the noise is standard normal."""
+        """Actions with noise, standard normal for sac_n, and their log-probabilities (sac_n)."""
         outputs = policy.apply(params, obs)
         if is_sac:
             return squashed_gaussian(outputs, noise)
         return jnp.clip(jnp.tanh(outputs) + noise, -1, 1), 0.0
 
     def act(state, key, num_steps, warmup=False):
-        """The actor after num_steps with the policy, the n-step transitions and episode sums."""
+        """The actor after num_steps, n-step transitions, and sums over finished episodes."""
 
         def step(actor, inputs):
             noise, step_key = inputs
@@ -624,7 +647,7 @@ def make_train(config: Config):
             obs = normalize(actor.env.obs, statistics)
             action = noise if warmup else choose(state.p_learner.policy, obs, noise)[0]
             env_state, step, sums = step_envs(env, step_key, actor.env, action)
-            return Actor(env_state, statistics, actor.window), (step, sums)
+            return actor._replace(env=env_state, statistics=statistics), (step, sums)
 
         noise_key, step_key = jax.random.split(key)
         shape = num_steps, config.num_envs, env.action_size
@@ -732,7 +755,7 @@ def make_train(config: Config):
         v_learner, v_losses = learn_values(state, filled, keys[1], rate, critic_steps)
         p_learner, p_losses = learn_policy(state, filled, keys[2], rate, policy_steps)
         state = state._replace(actor=actor, v_learner=v_learner, p_learner=p_learner, fresh=fresh)
-        return state, (jax.tree.map(jnp.mean, v_losses | p_losses), sums)
+        return state, (v_losses | p_losses, sums)
 
     def sequential_cycle(state, filled, keys, rate):
         """Rounds of critic and policy updates, then environment steps, each with the latest."""
@@ -742,28 +765,22 @@ def make_train(config: Config):
             learner, v_losses = learn_values(state, filled, keys[0], rate, critic_steps // rounds)
             state = state._replace(v_learner=learner)
             learner, p_losses = learn_policy(state, filled, keys[1], rate, policy_steps // rounds)
-            return state._replace(p_learner=learner), jax.tree.map(jnp.mean, v_losses | p_losses)
+            return state._replace(p_learner=learner), v_losses | p_losses
 
         state, losses = jax.lax.scan(learn, state, jax.random.split(keys[1], (rounds, 2)))
         actor, fresh, sums = act(state, keys[0], config.sync_every)
-        return state._replace(actor=actor, fresh=fresh), (jax.tree.map(jnp.mean, losses), sums)
+        return state._replace(actor=actor, fresh=fresh), (losses, sums)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from reset to end."""
+        """Mean return of eval_episodes greedy episodes."""
 
-        def step(carry):
-            env_state, returns, finished, key = carry
-            key, step_key = jax.random.split(key)
-            obs = normalize(env_state.obs, state.actor.statistics)
-            action, _ = choose(state.p_learner.policy, obs, 0.0)
-            env_state, step, _ = step_envs(env, step_key, env_state, action)
-            returns += jnp.where(finished, 0, step.reward).astype(jnp.float32)
-            return env_state, returns, finished | step.terminated | step.truncated, key
+        def greedy(obs):
+            obs = normalize(obs, state.actor.statistics)
+            return choose(state.p_learner.policy, obs, 0.0)[0]
 
-        reset_key, step_key = jax.random.split(key)
-        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        carry = reset_envs(env, reset_key, len(zeros)), zeros, zeros > 0, step_key
-        return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
+        return mean_return(env, key, config.eval_episodes, greedy)
+
+    one_cycle = parallel_cycle if config.algorithm in ("pql", "pql_d") else sequential_cycle
 
     def update(state, number):
         """num_steps steps of all environments and their gradient steps."""
@@ -773,8 +790,6 @@ def make_train(config: Config):
             rows = first_row + jnp.arange(config.sync_every)
             # Write before reading: the other way round, XLA would copy the whole replay.
             state = state._replace(replay=replay_insert(state.replay, rows, state.fresh))
-            is_parallel = config.algorithm in ("pql", "pql_d")
-            one_cycle = parallel_cycle if is_parallel else sequential_cycle
             return one_cycle(state, jnp.minimum(rows[-1] + 1, num_rows), keys, rate)
 
         cycles = jnp.arange(num_cycles, dtype=jnp.int32)

@@ -224,24 +224,33 @@ def test_counts_of_an_environment_are_positive(script, config, number):
 
 
 X64 = """
-import importlib, sys
+import dataclasses, importlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import jax
+import jax, jax.numpy as jnp
 from conftest import SCRIPTS
-for name, settings in SCRIPTS.items():
+cases = list(SCRIPTS.items())
+pql = SCRIPTS["pql_isaac_style"]
+cases += [("pql_isaac_style", pql | {"algorithm": x}) for x in ("pql_d", "ddpg_n", "sac_n")]
+for name, settings in cases:
     script = importlib.import_module(name)
-    train = script.make_train(script.Config(**settings))
-    state, metrics = jax.eval_shape(train, jax.random.key(0))
-    learner = state.params, getattr(state, "opt_state", ())
-    floats = {x.dtype.name for x in jax.tree.leaves(learner)}
-    assert floats <= {"float32", "int32"}, (name, floats)
+    config = script.Config(**settings)
+    floats = {field.name for field in dataclasses.fields(config) if field.type is float}
+    floats -= {"checkpoint_interval", "sticky_action_prob"}
+    def train(key, values):
+        return script.make_train(dataclasses.replace(config, **values))(key)
+    values = {name: jnp.float64(getattr(config, name)) for name in floats}
+    state, metrics = jax.eval_shape(train, jax.random.key(0), values)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        path = jax.tree_util.keystr(path)
+        of_env = ("physics",) if hasattr(script, "make_physics") else ("env_state", "obs")
+        assert leaf.dtype != "float64" or any(x in path for x in of_env), (name, path)
     learned = {k: v.dtype.name for k, v in metrics.items() if k != "charts/physics_failures"}
     assert set(learned.values()) <= {"float32", "int32"}, (name, learned)
 """
 
 
 def test_x64(monkeypatch):
-    """With JAX_ENABLE_X64 the learners compute in float32, as without it."""
+    """With JAX_ENABLE_X64 the learners compute in float32, traced hyperparameters included."""
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     done = subprocess.run([sys.executable, "-c", X64, ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -96,3 +96,14 @@ def test_episodes_begin_afresh():
     np.testing.assert_array_equal(metrics["charts/episodic_length"], 200)
     assert not np.asarray(after.env.length).any()
     assert len(np.unique(jnp.concatenate([before.env.obs, after.env.obs]), axis=0)) == 128
+
+
+def test_evaluation_does_not_explore():
+    config = dataclasses.replace(TINY, env_id=Count.__name__, learning_rate=0.0, eval_interval=1)
+
+    def returns(initial_stddev):
+        train = ppo.make_train(dataclasses.replace(config, initial_stddev=initial_stddev))
+        return train(jax.random.key(0))[1]["eval/episodic_return"]
+
+    quiet, noisy = jax.jit(jax.vmap(returns))(jnp.array([0.1, 1.0]))
+    np.testing.assert_allclose(quiet, noisy, rtol=1e-5)

@@ -53,7 +53,19 @@ class Failing(Count):
     kinds = 3
 
 
-for env in (Count, Failing):
+class Plain(Count):
+    """Rewards with a number of Python."""
+
+    def step_env(self, key, state, action, params):
+        obs, state, _, *rest = super().step_env(key, state, action, params)
+        return obs, state, 1.0, *rest
+
+
+class Unbounded(Count):
+    action_space = staticmethod(lambda params: spaces.Box(-jnp.inf, jnp.inf, (1,), jnp.float32))
+
+
+for env in (Count, Failing, Plain, Unbounded):
     if env.__name__ not in gymnax.registered_envs:
         gymnax.register(env.__name__, env)
 
@@ -96,6 +108,11 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
             rewards = [action + time + 1 + i for i, action in enumerate(actions)]
             expected = sum(0.1 * 0.5**i * reward for i, reward in enumerate(rewards[: k - failed]))
             np.testing.assert_allclose(replay.reward[index], expected, atol=1e-5)
+    # The statistics are those of all observations that the actor has seen.
+    seen = [replay.obs[:num_rows], state.fresh.obs, state.actor.window.obs]
+    seen = np.concatenate(seen).reshape(-1, 2)
+    np.testing.assert_allclose(state.actor.statistics.mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.actor.statistics.var, seen.var(0), rtol=1e-4)
     lengths = {ends[kind] for kind in range(3 if env_id == "Failing" else 2)}
     assert min(lengths) <= np.nanmean(metrics["charts/episodic_length"]) <= max(lengths)
     assert (metrics["charts/physics_failures"].sum() > 0) == (env_id == "Failing")
@@ -148,6 +165,49 @@ def test_weight_of_the_entropy():
     assert 0.8 < alphas[0] < 1 and (np.diff(alphas) < 0).all()
 
 
+def test_entropy_is_a_reward():
+    """Without other rewards and at gamma 0.5, values rise to the entropy of the uniform policy."""
+    settings = {"algorithm": "sac_n", "reward_scale": 0.0, "gamma": 0.5, "n_steps": 1}
+    settings |= {"alpha_learning_rate": 0.0, "weight_decay": 0.0, "learning_rate": 3e-3}
+    settings |= {"total_timesteps": 32 * 61, "anneal_lr": False, "eval_interval": 0}
+    config = dataclasses.replace(TINY, **settings, buffer_size=2000)
+    _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
+    assert 0.5 < metrics["losses/q_values"][-1] < 0.75  # log 2 = 0.69
+
+
+def test_samples_come_from_the_rows_that_are_filled(monkeypatch):
+    """Batches that end at once with the number of rows as reward: it is what the loss shows."""
+    sample = pql.replay_sample
+
+    def number_of_rows(replay, bits, num_rows):
+        batch = sample(replay, bits, num_rows)
+        if not isinstance(batch, pql.Transition):  # observations alone, for the policy
+            return batch
+        ones = jnp.ones_like(batch.reward)
+        return batch._replace(reward=num_rows * ones, discount=0 * ones)
+
+    monkeypatch.setattr(pql, "replay_sample", number_of_rows)
+    settings = {"learning_rate": 0.0, "eval_interval": 0, "buffer_size": 200, "sync_every": 2}
+    config = dataclasses.replace(TINY, **settings)
+    _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
+    # 8 steps of warm-up give 6 rows; four cycles an update read all but those of the last 2 steps.
+    rows = np.minimum(6 + 2 * np.arange(4 * 12), 50).reshape(12, 4)
+    q_values = np.asarray(metrics["losses/q_values"])[:, None]
+    expected = 2 * np.mean((rows - q_values) ** 2, axis=1)
+    np.testing.assert_allclose(metrics["losses/td_loss"], expected, rtol=0.01)
+
+
+def test_evaluation_does_not_explore():
+    config = dataclasses.replace(TINY, env_id="Count", learning_rate=0.0, eval_interval=1)
+
+    def returns(stddev_max):
+        train = pql.make_train(dataclasses.replace(config, stddev_max=stddev_max))
+        return train(jax.random.key(0))[1]["eval/episodic_return"]
+
+    quiet, noisy = jax.jit(jax.vmap(returns))(jnp.array([0.05, 0.8]))
+    np.testing.assert_allclose(quiet, noisy, rtol=1e-5)
+
+
 def test_within_a_cycle_none_reads_what_another_writes():
     """The policy updates are the same whatever the critic learns meanwhile, and vice versa."""
     config = dataclasses.replace(
@@ -160,8 +220,9 @@ def test_within_a_cycle_none_reads_what_another_writes():
 
     usual, faster = one_cycle(), one_cycle(critic_updates=9)
     assert_equal(usual.p_learner.policy, faster.p_learner.policy)
-    assert_equal(usual.actor.env.obs, faster.actor.env.obs)
-    assert_equal(usual.v_learner.critic, one_cycle(policy_updates=5).v_learner.critic)
+    more = one_cycle(policy_updates=5)
+    assert_equal(usual.actor.env.obs, more.actor.env.obs)  # with the policy of the cycle's start
+    assert_equal(usual.v_learner.critic, more.v_learner.critic)
     with pytest.raises(AssertionError):
         sequential = (
             one_cycle(algorithm="ddpg_n", critic_updates=n).p_learner.policy for n in (8, 12)
@@ -170,7 +231,8 @@ def test_within_a_cycle_none_reads_what_another_writes():
 
 
 def test_brax():
-    """A task of brax: time limit apart from terminations, finite losses, an evaluation."""
+    """A task of brax: terminations, finite losses, an evaluation."""
+    assert pql.make_env("inverted_pendulum", "spring").max_steps == 1000
     config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, buffer_size=1000)
     config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=1)
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
@@ -179,6 +241,14 @@ def test_brax():
         and (metrics["eval/episodic_return"] > 1).all()
     )
     assert 2 < np.nanmean(metrics["charts/episodic_length"]) < 30  # a fallen pole terminates
+
+
+def test_environments_of_a_user():
+    train = pql.make_train(dataclasses.replace(TINY, env_id="Plain"))
+    _, metrics = jax.eval_shape(train, jax.random.key(0))
+    assert metrics["eval/episodic_return"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="--env-id is Unbounded; it takes actions with finite"):
+        pql.make_env("Unbounded", "spring")
 
 
 def test_backend_that_a_task_lacks():

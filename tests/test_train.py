@@ -388,7 +388,7 @@ def test_double_q_flag(script, config):
 @only("replay_insert")
 def test_replay_is_written_in_place(script, config):
     """The compiled run of many updates needs no second copy of the replay, alone or under vmap."""
-    config = dataclasses.replace(config, buffer_size=400_000, eval_interval=0)
+    config = dataclasses.replace(config, buffer_size=400_000, eval_interval=1)
     train = script.make_train(config)
 
     def four_updates(state):
