@@ -150,7 +150,7 @@ def test_vmapped_over_seeds_and_hyperparameters(script, config, init, chunk, val
         state, metrics = chunk(init(key, own), own)
         metrics.pop("eval/episodic_return")  # there is none yet
         mine = jax.tree.map(lambda x, i=i: x[i], together)
-        assert_equal(mine[0][0], state[0], atol=1e-4)  # the parameters
+        assert_equal(mine[0].params, state.params, atol=1e-4)
         assert_equal(mine[1], metrics, rtol=1e-3, atol=1e-4)
 
 
