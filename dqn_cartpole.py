@@ -160,7 +160,8 @@ LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps buffer_size batch_size"),
     (1, 2**31 - 1, "target_interval eval_episodes"),
     (0, 2**31 - 1, "seed learning_starts eval_interval"),
-    (0, 1, "learning_rate gamma epsilon_start epsilon_finish epsilon_decay tau"),
+    (0, 1, "learning_rate gamma epsilon_start epsilon_finish epsilon_decay"),
+    (1e-9, 1, "tau"),
     (0, math.inf, "checkpoint_interval"),
 ]
 

@@ -9,7 +9,7 @@ from conftest import SCRIPTS, flags, having
 BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes"
     " num-layers eval-episodes num-channels total-timesteps buffer-size batch-size target-interval"
-    " critic-updates policy-updates n-steps sync-every reset-ratio eval-steps",
+    " critic-updates policy-updates n-steps sync-every reset-ratio eval-steps tau obs-clip",
     "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts"
     " hidden-sizes stddev-max max-steps-in-episode",
     "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef"
