@@ -122,7 +122,8 @@ def test_curves_in_turns(in_process):
         curves.main(curve=curve, num_seeds=2, in_turns=in_turns, flags=TINY, out=in_process)
         results.append(load(in_process)["curves"])
     for label, own in results[0].items():
-        assert own["returns"] == results[1][label]["returns"]
+        for same in ("command", "returns"):
+            assert own[same] == results[1][label][same]
         assert own["steps_per_second"] == pytest.approx(2 * 384 / own["run_seconds"])
 
 

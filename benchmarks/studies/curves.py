@@ -62,11 +62,11 @@ def read_curve(run_dir: Path, metric: str) -> dict:
     return curve | ({"achievements": shares} if shares else {})
 
 
-def run_curve(command: str, num_seeds: int, metric: str, first_seed: int = 0) -> dict:
+def run_curve(command: str, num_seeds: int, metric: str) -> dict:
     """Run "script flags", all seeds at once, and read its curve."""
     script, *flags = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--num-seeds", str(num_seeds), "--seed", str(first_seed), *flags]
+        flags = ["--num-seeds", str(num_seeds), *flags]
         run_dir, metadata = common.run_script(script, flags, Path(folder))
         config = json.loads((run_dir / "config.json").read_text())
         curve = {"command": command, "num_envs": config["num_envs"]}
@@ -77,13 +77,14 @@ def run_curve(command: str, num_seeds: int, metric: str, first_seed: int = 0) ->
 def run_in_turns(commands: dict[str, str], num_seeds: int, metric: str) -> dict[str, dict]:
     """Run a seed of every curve, then the next of every curve: they meet the same other load."""
     rounds = [
-        {label: run_curve(command, 1, metric, seed) for label, command in commands.items()}
+        {label: run_curve(f"{own} --seed {seed}", 1, metric) for label, own in commands.items()}
         for seed in range(num_seeds)
     ]
     curves = {}
     for label, first in rounds[0].items():
         parts = [one_seed[label] for one_seed in rounds]
-        curves[label] = first | {"returns": [part["returns"][0] for part in parts]}
+        returns = [part["returns"][0] for part in parts]
+        curves[label] = first | {"command": commands[label], "returns": returns}
         for name in ("compile_seconds", "run_seconds"):
             curves[label][name] = sum(part[name] for part in parts)
         steps = sum(part["steps_per_second"] * part["run_seconds"] for part in parts)
