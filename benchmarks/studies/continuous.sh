@@ -14,19 +14,21 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_pendulum \
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_ant \
     --title ant --num-seeds 5 --in-turns --x steps seconds \
-    --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
-    --curve "PQL=pql_isaac_style" \
-    --curve "PQL-D=pql_isaac_style --algorithm pql_d --value-bound 20" \
-    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n --policy-updates 8" \
-    --curve "SAC(n)=pql_isaac_style --algorithm sac_n --policy-updates 8"
+    --flags="--env-id ant --num-envs 128 --eval-episodes 16" \
+    --curve "PQL=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 1.5e5" \
+    --curve "PQL-D=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 1.5e5 --algorithm pql_d --value-bound 20" \
+    --curve "DDPG(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 1.5e5 --algorithm ddpg_n --policy-updates 8" \
+    --curve "SAC(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 1.5e5 --algorithm sac_n --policy-updates 8" \
+    --curve "PPO=ppo_continuous_action --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 6 --total-timesteps 3e5"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_humanoid \
     --title humanoid --num-seeds 5 --in-turns --x steps seconds \
-    --flags="--env-id humanoid --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 3e5" \
-    --curve "PQL=pql_isaac_style" \
-    --curve "PQL-D=pql_isaac_style --algorithm pql_d --value-bound 20" \
-    --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n --policy-updates 8" \
-    --curve "SAC(n)=pql_isaac_style --algorithm sac_n --policy-updates 8"
+    --flags="--env-id humanoid --num-envs 128 --eval-episodes 16" \
+    --curve "PQL=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5" \
+    --curve "PQL-D=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm pql_d --value-bound 20" \
+    --curve "DDPG(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm ddpg_n --policy-updates 8" \
+    --curve "SAC(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm sac_n --policy-updates 8" \
+    --curve "PPO=ppo_continuous_action --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 6 --total-timesteps 4e5"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
     --title "ant, exploration noise" --num-seeds 5 \
