@@ -61,9 +61,9 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxQL's for the dm_control suite, except env_id, backend and obs_clip.
+    """The defaults are PureJaxQL's for dm_control, except env_id, backend and obs_clip (CleanRL's).
 
-    Its reward_scale is 1, and its learning rate ends at 0.5 % of the first one, not at zero.
+    Its learning rate ends at 0.5 % of the initial one, not at zero.
     """
 
     seed: int = 0
@@ -101,7 +101,7 @@ class Config:
     num_minibatches: int = 32
     """Minibatches per pass; must divide num_envs * num_steps."""
     penalty_threshold: float = 0.15
-    """Mean change of an action's components since the rollout that is not penalised."""
+    """Mean absolute change of an action since the rollout above which it is penalised."""
     penalty_coef: float = 10.0
     """Weight of the penalty on actions that have changed since the rollout."""
     max_grad_norm: float = 1.0
@@ -113,9 +113,9 @@ class Config:
     obs_clip: float = 10.0
     """Clip range of the normalised observations."""
     num_critics: int = 2
-    """Number of critics."""
+    """Critics, each with its own initial weights and the same targets."""
     critic_reduction: Literal["mean", "min"] = "mean"
-    """How several critics make one value, in targets and for the actor."""
+    """The value of several critics, in targets and for the actor."""
     norm: Literal["layer_norm", "none"] = "layer_norm"
     """Normalisation after every hidden layer."""
     actor_hidden_sizes: tuple[int, ...] = (512, 256, 128)
@@ -209,8 +209,8 @@ class MLP(nn.Module):
         return nn.Dense(self.num_outputs, kernel_init=init)(x)
 
 
-class Actor(nn.Module):
-    """The deterministic policy: normalised observations to actions [..., action_size]."""
+class DeterministicPolicy(nn.Module):
+    """Actions [..., action_size] of normalised observations."""
 
     action_size: int
     config: Config
@@ -497,7 +497,7 @@ def make_train(config: Config):
     Raises ValueError for an environment that it cannot train on.
     """
     env = make_env(config.env_id, config.backend)
-    actor, critics = Actor(env.action_size, config), Critics(config)
+    actor, critics = DeterministicPolicy(env.action_size, config), Critics(config)
 
     def learning_rate(number):
         """The rate of an update; if annealed, it stays zero after the run."""

@@ -63,12 +63,10 @@ def test_an_update_made_again(reduction, bootstrap, monkeypatch):
     jax.effects_barrier()
     rows = jax.tree.map(lambda *x: np.stack(x), *steps)
     rewards, next_values, terminated, truncated, *_ = arguments[0]
-    networks, actor, critics = before.networks, pqn.Actor(1, config), pqn.Critics(config)
-    scale = np.array([2.0, 0.3]) + 1e-4
-    obs, next_obs = (
-        jnp.clip((x - np.array([2.0, 0.5])) / np.sqrt(scale), -1.2, 1.2)
-        for x in (rows.obs, rows.next_obs)
-    )
+    actor, critics = pqn.DeterministicPolicy(1, config), pqn.Critics(config)
+    networks = before.networks
+    mean, stddev = np.array([2.0, 0.5]), np.sqrt(np.array([2.0, 0.3]) + 1e-4)
+    obs, next_obs = (jnp.clip((x - mean) / stddev, -1.2, 1.2) for x in (rows.obs, rows.next_obs))
 
     def value(obs, action):
         return getattr(jnp, reduction)(critics.apply(networks["critics"], obs, action), axis=0)
@@ -122,8 +120,8 @@ def test_penalty_holds_the_policy():
         train = pqn.make_train(mine)
         before = train.init(jax.random.key(0))
         after, metrics = train(state=before)
-        obs = before.env.obs
-        actions = [pqn.Actor(1, mine).apply(x.networks["actor"], obs) for x in (before, after)]
+        actor, obs = pqn.DeterministicPolicy(1, mine), before.env.obs
+        actions = [actor.apply(state.networks["actor"], obs) for state in (before, after)]
         return jnp.abs(actions[1] - actions[0]).mean(), metrics["losses/penalty_ratio"][0]
 
     cases = jnp.array([0.0, 0.05, 0.05, 10.0]), jnp.array([1000.0, 1000.0, 0.0, 1000.0])
