@@ -11,14 +11,14 @@ python benchmarks/studies/curves.py --out benchmarks/results/pqnc_pendulum \
 
 # Steps such that each takes about as long.
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_ant \
-    --title ant --num-seeds 5 --in-turns --x steps seconds \
+    --title ant --num-seeds 3 --in-turns --x steps seconds \
     --flags="--env-id ant --eval-episodes 16" \
     --curve "PQN=pqn_continuous_action --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --total-timesteps 1e6" \
     --curve "PQL=pql_isaac_style --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 600000 --reward-scale 0.1 --eval-interval 8 --total-timesteps 5.5e5" \
     --curve "PPO=ppo_continuous_action --num-envs 256 --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 12 --total-timesteps 1e6"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_halfcheetah \
-    --title halfcheetah --num-seeds 5 --in-turns --x steps seconds \
+    --title halfcheetah --num-seeds 3 --in-turns --x steps seconds \
     --flags="--env-id halfcheetah --eval-episodes 16" \
     --curve "PQN=pqn_continuous_action --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --total-timesteps 1e6" \
     --curve "PQL=pql_isaac_style --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 600000 --reward-scale 0.1 --eval-interval 8 --total-timesteps 5.5e5" \
@@ -43,7 +43,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/pqnc_reacher_hard \
 # What each of the parts does.
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_parts \
     --title "ant, without a part of PQN" --num-seeds 5 \
-    --flags="--env-id ant --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --eval-episodes 16 --total-timesteps 6e5" \
+    --flags="--env-id ant --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --eval-episodes 16 --total-timesteps 3e5" \
     --curve "PQN=pqn_continuous_action" \
     --curve "no penalty=pqn_continuous_action --penalty-coef 0" \
     --curve "minimum of critics=pqn_continuous_action --critic-reduction min" \
