@@ -40,6 +40,7 @@ COLOURS = {
     "dqn_cartpole": "#E69F00",
     "ppo_cartpole": "#009E73",
     "ppo_continuous_action": "#66C2A5",
+    "pqn_continuous_action": "#332288",
     "pql_isaac_style": "#AA3377",
 }
 # The columns of the table: title, width, and the cell of a row.

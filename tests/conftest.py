@@ -32,6 +32,9 @@ SCRIPTS = {
     "pqn_minatar": ROLLOUTS | {"num_channels": 4},
     "ppo_cartpole": ROLLOUTS | {"num_layers": 1},
     "ppo_continuous_action": ROLLOUTS | {"num_layers": 1, "env_id": "Pendulum-v1"},
+    "pqn_continuous_action": SIZES
+    | {"num_steps": 8, "num_epochs": 2, "num_minibatches": 2, "penalty_threshold": 1e-3}
+    | {"env_id": "Pendulum-v1", "actor_hidden_sizes": (16,), "critic_hidden_sizes": (16,)},
     "dqn_cartpole": SIZES
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},

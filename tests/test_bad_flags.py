@@ -9,16 +9,18 @@ from conftest import SCRIPTS, flags, having
 BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes"
     " num-layers eval-episodes num-channels total-timesteps buffer-size batch-size target-interval"
-    " critic-updates policy-updates n-steps sync-every reset-ratio eval-steps tau obs-clip",
+    " critic-updates policy-updates n-steps sync-every reset-ratio eval-steps tau obs-clip"
+    " num-critics actor-hidden-sizes critic-hidden-sizes",
     "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts"
     " hidden-sizes stddev-max max-steps-in-episode",
     "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef"
-    " ent-coef vf-coef tau sticky-action-prob alpha-learning-rate value-bound forget-bias",
+    " ent-coef vf-coef tau sticky-action-prob alpha-learning-rate value-bound forget-bias"
+    " stddev-start stddev-finish stddev-decay penalty-threshold penalty-coef",
     "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau"
-    " sticky-action-prob",
+    " sticky-action-prob stddev-decay",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
     "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size"
-    " algorithm backend",
+    " algorithm backend critic-reduction",
     "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps",
     "3e9": "total-timesteps", "1e9": "num-envs", "3": "num-minibatches buffer-size sync-every",
     "64": "num-minibatches", "": "env-id gamma", "1": "num-atoms", "2": "warmup-steps",

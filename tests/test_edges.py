@@ -105,6 +105,7 @@ BILLIONS = {
     "pqn_minatar": {"num_envs": 4, "num_steps": 8, "num_minibatches": 32, "num_epochs": 4},
     "ppo_cartpole": {"num_envs": 4, "num_steps": 8, "num_minibatches": 16, "num_epochs": 4},
     "ppo_continuous_action": {"num_envs": 4, "num_steps": 8, "num_epochs": 4},
+    "pqn_continuous_action": {"num_envs": 4, "num_steps": 8, "num_epochs": 4},
     "pqn_rnn_craftax": {"num_envs": 4, "num_steps": 8, "num_minibatches": 4, "num_epochs": 4},
     "dqn_cartpole": {"num_envs": 4, "num_steps": 1, "target_interval": 8},
     "pql_isaac_style": {"num_envs": 4, "num_steps": 8},

@@ -56,9 +56,9 @@ def test_helpers_are_the_same(sources):
 
 
 def test_continuous_environments_are_the_same(sources):
-    """make_env is of a script's own, but for the two that take continuous actions."""
+    """make_env is of a script's own, but for the three that take continuous actions."""
     copies = [definitions(source)["make_env"] for source in sources.values() if "Env(" in source]
-    assert len(copies) == 2 and len(set(copies)) == 1
+    assert len(copies) == 3 and len(set(copies)) == 1
 
 
 @pytest.mark.parametrize("old, new", [("30:", "31:"), ('"nan"', '"NaN"'), ("(update, m", "(0, m")])

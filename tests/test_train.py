@@ -37,7 +37,8 @@ OTHER_VALUES = {
     "epsilon_decay": 0.9, "max_grad_norm": 0.01, "reward_scale": 0.5, "forget_bias": 3.0,
     "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
     "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0, "alpha_learning_rate": 1e-2,
-    "initial_stddev": 0.5,
+    "initial_stddev": 0.5, "stddev_start": 0.3, "stddev_finish": 0.8, "stddev_decay": 0.5,
+    "penalty_threshold": 0.01, "penalty_coef": 1.0,
 }  # fmt: skip
 
 
@@ -249,7 +250,7 @@ GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvader
 # Others make their environments in the lines of pqn_cartpole.py or of pql_isaac_style.py.
 TRAINED_ON = {"pqn_cartpole": ENVIRONMENTS, "pqn_rnn_craftax": ENVIRONMENTS[::3]}
 TRAINED_ON |= {"pqn_minatar": GAMES, "pql_isaac_style": CONTINUOUS[:1]}
-TRAINED_ON |= {"ppo_continuous_action": CONTINUOUS[1:]}
+TRAINED_ON |= dict.fromkeys(["ppo_continuous_action", "pqn_continuous_action"], CONTINUOUS[1:])
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_truncation_is_not_an_end(script, config, bootstrap, monkeypatch):
         assert (values < 0.8 * limit).all()
 
 
-@only("norm")
+@only("norm", "variables")
 @pytest.mark.parametrize("norm", ["batch_norm", "none"])
 def test_norms(script, config, norm):
     train = script.make_train(dataclasses.replace(config, norm=norm, eval_interval=0))
