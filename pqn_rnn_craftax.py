@@ -289,7 +289,8 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
         G[t] = r[t] + gamma * (1 - terminated[t]) * ((1 - l[t]) * next_values[t] + l[t] * G[t+1])
         l[t] = td_lambda * (1 - terminated[t]) * (1 - truncated[t]),  l[num_steps - 1] = 0
 
-    Arrays are [num_steps, num_envs]; next_values[t] is max_a Q after step t, before any reset.
+    Arrays are [num_steps, num_envs]; next_values[t] is the value after step t, before any reset:
+    max_a Q in Q-learning, Q of the next action in SARSA.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
 
