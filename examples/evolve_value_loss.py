@@ -183,7 +183,7 @@ def main(
     saved = Path(f"{out}.msgpack")
     if saved.exists():
         state, history = serialization.from_bytes((state, None), saved.read_bytes())
-        history = list(history.values())
+        history = history.tolist()
     lives = f"{population} members, {seeds_per_member} training runs each"
     print(f"{lives}, on {mesh.size} devices; compiling takes seconds to a minute")
     bar = tqdm(total=generations, initial=len(history), unit=" generations", disable=None)
@@ -196,7 +196,7 @@ def main(
         state, _ = strategy.tell(tell_key, members, -fitness, state, params)  # it minimises
         seconds = time.monotonic() - started
         history.append([float(fitness.mean()), float(fitness.std()), seconds])
-        saved.write_bytes(serialization.to_bytes((state, dict(enumerate(history)))))
+        saved.write_bytes(serialization.to_bytes((state, np.array(history))))
         bar.set_postfix_str(f"return {fitness.mean():.1f} ± {fitness.std():.1f}", refresh=False)
         bar.update()
     bar.close()
