@@ -273,7 +273,7 @@ class Transition(NamedTuple):
     info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
 
 
-def make_train(config: Config):
+def make_train(config: Config, value_loss=value_loss):
     """PPO as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
     train starts from train.init(key) or continues from a state, for config.num_updates by default.
@@ -282,6 +282,7 @@ def make_train(config: Config):
     or float fields of config.
     To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
     vmap turns the cond into a select and every update evaluates.
+    Another function of the same arguments may take the place of value_loss.
     Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config.env_id)

@@ -1,67 +1,242 @@
-"""Plays an episode of a trained policy into policy.gif: python examples/play.py runs/<run>
+"""Scores a trained policy over many greedy episodes, and draws one: play.py runs/<run>
 
-Loads params.msgpack as anyone would, plays one greedy episode and lets gymnax draw it: the classic
-control tasks (with pygame, which requirements.txt brings), MinAtar, Catch, and the mazes.
+    python examples/play.py runs/<run>
+
+The run may be one of any script. The episode is drawn as policy.gif for gymnax's classic control,
+MinAtar, Catch and mazes, and Craftax; as policy.html for brax, to open in a browser.
 """
 
+import dataclasses
 import importlib
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-os.environ |= {
-    "SDL_AUDIODRIVER": "dummy",
-    "SDL_VIDEODRIVER": "dummy",
-}  # pygame draws without a screen
+os.environ |= {"SDL_AUDIODRIVER": "dummy", "SDL_VIDEODRIVER": "dummy"}  # pygame without a screen
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import serialization
-from gymnax.visualize import Visualizer
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def greedy_policy(script, config, num_actions: int, variables):
-    """What the trained network does: from an observation to an action."""
+class Player(NamedTuple):
+    """A trained policy and its environments, all functions batched over them."""
+
+    reset: Callable  # key -> obs, env_state
+    step: Callable  # key, env_state, action -> obs, env_state, reward, ended
+    act: Callable  # memory, obs, start (of an episode) -> memory, action
+    memory: Any
+    draw: Callable  # states of one episode, folder -> path, or None where nothing can draw them
+
+
+def feed_forward_player(script, config, variables, num_envs: int) -> Player:
+    """Of the scripts for gymnax with discrete actions."""
+    env, params = script.make_env(config if hasattr(script, "GAMES") else config.env_id)
+    num_actions = env.action_space(params).n
     if "actor" in variables:
         network, variables = script.MLP(num_actions, 0.01, config), variables["actor"]
     elif hasattr(config, "hidden_sizes"):
         network = script.QNetwork(num_actions, config.hidden_sizes)
     else:
         network = script.QNetwork(num_actions, config)
-    return jax.jit(lambda obs: network.apply(variables, obs).argmax())
+
+    def reset(key):
+        return jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), params)
+
+    def step(key, env_state, action):
+        keys = jax.random.split(key, num_envs)
+        obs, env_state, reward, terminated, truncated, _ = jax.vmap(
+            env.step, in_axes=(0, 0, 0, None)
+        )(keys, env_state, action, params)
+        return obs, env_state, reward, terminated | truncated
+
+    def act(memory, obs, start):
+        return memory, network.apply(variables, obs).argmax(-1)
+
+    return Player(reset, step, act, None, lambda *args: draw_gymnax(config.env_id, *args))
 
 
-def innermost(env_state):
-    """The state of the environment inside those of its wrappers."""
-    return innermost(env_state.env_state) if hasattr(env_state, "env_state") else env_state
+def recurrent_player(script, config, variables, num_envs: int) -> Player:
+    """Of pqn_rnn_craftax.py."""
+    config = dataclasses.replace(config, reset_ratio=1)
+    reset, env_step, num_actions, _ = script.make_env(config, num_envs)
+    network = script.QNetwork(num_actions, config)
+    hidden = tuple(jnp.zeros((num_envs, config.hidden_size), jnp.float32) for _ in range(2))
+
+    def step(key, env_state, action):
+        obs, env_state, reward, terminated, truncated, _ = env_step(key, env_state, action)
+        return obs, env_state, reward, terminated | truncated
+
+    def act(memory, obs, start):
+        hidden, last_action = memory
+        inputs = (x[None] for x in (obs, last_action, start))
+        hidden, q_values = network.apply(variables, hidden, *inputs)
+        action = q_values[0].argmax(-1).astype(jnp.int32)
+        return (hidden, action), action
+
+    def draw(env_states, folder):
+        draw_env = draw_craftax if config.env_id in script.CRAFTAX else draw_gymnax
+        return draw_env(config.env_id, env_states, folder)
+
+    return Player(reset, step, act, (hidden, jnp.zeros(num_envs, jnp.int32)), draw)
 
 
-def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -> None:
-    """Write policy.gif into the run folder.
+def continuous_player(script, config, variables, num_envs: int) -> Player:
+    """Of the scripts for continuous actions."""
+    env = script.make_env(config.env_id, config.backend)
+    statistics = script.Statistics(**variables["statistics"])
+    if hasattr(script, "GaussianPolicy"):
+        policy, obs_clip = script.GaussianPolicy(env.action_size, config), config.obs_clip
+    else:
+        is_sac, obs_clip = config.algorithm == "sac_n", jnp.inf
+        policy = script.MLP(env.action_size * (1 + is_sac), config.hidden_sizes)
+
+    def reset(key):
+        env_state = script.reset_envs(env, key, num_envs)
+        return env_state.obs, env_state
+
+    def step(key, env_state, action):
+        env_state, step, _ = script.step_envs(env, key, env_state, action)
+        return env_state.obs, env_state, step.reward, step.terminated | step.truncated
+
+    def act(memory, obs, start):
+        obs = script.normalize(obs, statistics, obs_clip)
+        if hasattr(script, "GaussianPolicy"):
+            return memory, jnp.clip(policy.apply(variables["actor"], obs)[0], -1, 1)
+        outputs = policy.apply(variables["policy"], obs)
+        return memory, jnp.tanh(outputs[..., : env.action_size])
+
+    def draw(env_states, folder):
+        physics = [state.physics for state in env_states]
+        if hasattr(physics[0], "pipeline_state"):
+            return draw_brax(config, physics, folder)
+        return draw_gymnax(config.env_id, physics, folder)
+
+    return Player(reset, step, act, None, draw)
+
+
+def draw_gymnax(env_id: str, env_states: list, folder: Path) -> Path | None:
+    """policy.gif, by gymnax."""
+    import gymnax
+    from gymnax.visualize import Visualizer
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    if env_id not in gymnax.registered_envs:
+        return None
+    while hasattr(env_states[0], "env_state"):  # out of the wrappers
+        env_states = [state.env_state for state in env_states]
+    visualizer = Visualizer(*gymnax.make(env_id), env_states)
+    visualizer.init()
+    if not hasattr(visualizer, "im"):
+        return None
+    path, num_frames = folder / "policy.gif", len(env_states)
+    animation = FuncAnimation(
+        visualizer.fig, visualizer.update, frames=num_frames, init_func=lambda: None
+    )
+    with tqdm(total=num_frames, desc="drawing", unit=" frames", disable=None) as bar:
+        writer = PillowWriter(fps=1000 // visualizer.interval)
+        animation.save(path, writer=writer, progress_callback=lambda *_: bar.update())
+    return path
+
+
+def draw_craftax(env_id: str, env_states: list, folder: Path) -> Path:
+    """policy.gif, with Craftax's textures."""
+    from PIL import Image
+
+    name = "craftax_classic" if "Classic" in env_id else "craftax"
+    renderer = importlib.import_module(f"craftax.{name}.renderer")
+    render = jax.jit(renderer.make_craftax_pixel_renderer(16))
+    frames = [
+        Image.fromarray(np.asarray(render(state.env_state)).clip(0, 255).astype(np.uint8))
+        for state in tqdm(env_states, desc="drawing", unit=" frames", disable=None)
+    ]
+    path = folder / "policy.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    return path
+
+
+def draw_brax(config, env_states: list, folder: Path) -> Path:
+    """policy.html, by brax."""
+    from brax import envs
+    from brax.io import html
+
+    with warnings.catch_warnings(action="ignore"):
+        system = envs.get_environment(config.env_id, backend=config.backend).sys
+    path = folder / "policy.html"
+    path.write_text(html.render(system, [state.pipeline_state for state in env_states]))
+    return path
+
+
+def score(player: Player, key: jax.Array, num_episodes: int) -> tuple[jax.Array, jax.Array]:
+    """Returns and lengths [num_episodes] of an episode in each environment."""
+
+    def step(carry):
+        t, obs, start, memory, env_state, returns, lengths, finished = carry
+        memory, action = player.act(memory, obs, start)
+        step_key = jax.random.fold_in(key, t)
+        obs, env_state, reward, ended = player.step(step_key, env_state, action)
+        returns, lengths = returns + reward * ~finished, lengths + ~finished
+        return t + 1, obs, ended, memory, env_state, returns, lengths, finished | ended
+
+    zeros, start = jnp.zeros(num_episodes, jnp.float32), jnp.ones(num_episodes, bool)
+    obs, env_state = player.reset(key)
+    carry = 0, obs, start, player.memory, env_state, zeros, zeros.astype(jnp.int32), ~start
+    return jax.lax.while_loop(lambda carry: ~carry[-1].all(), step, carry)[5:7]
+
+
+def record(player: Player, key: jax.Array) -> list:
+    """The environment's states in one episode, without the axis of environments."""
+    step, act = jax.jit(player.step), jax.jit(player.act)
+    obs, env_state = jax.jit(player.reset)(key)
+    memory, start, env_states = player.memory, jnp.ones(1, bool), []
+    with tqdm(desc="playing", unit=" steps", disable=None) as bar:
+        while not env_states or not start[0]:
+            env_states.append(jax.tree.map(lambda x: x[0], env_state))
+            memory, action = act(memory, obs, start)
+            step_key = jax.random.fold_in(key, len(env_states))
+            obs, env_state, _, start = step(step_key, env_state, action)
+            bar.update()
+    return env_states
+
+
+def main(
+    run: tyro.conf.Positional[Path], seed: int = 0, num_episodes: int = 128, draw: bool = True
+) -> None:
+    """Print the score, and draw an episode into the run's folder.
 
     Args:
         run: Run folder.
         seed: Which of its seeds, counted from 0.
-        max_steps: At most this many frames; drawing one takes about a tenth of a second.
+        num_episodes: Greedy episodes to score.
+        draw: Draw an episode.
     """
     script = importlib.import_module(run.resolve().name.split("__")[0])
     config = script.load_config(run)
     variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
     variables = jax.tree.map(lambda x: x[seed], variables)
-    env, env_params = script.make_env(config if hasattr(script, "GAMES") else config.env_id)
-    act = greedy_policy(script, config, env.num_actions, variables)
+    is_continuous, is_recurrent = hasattr(script, "make_physics"), hasattr(script, "CRAFTAX")
+    make = continuous_player if is_continuous else feed_forward_player
+    make = recurrent_player if is_recurrent else make
 
-    obs, env_state = env.reset(jax.random.key(0), env_params)
-    env_states, ended = [], False
-    while not ended and len(env_states) < max_steps:
-        env_states.append(innermost(env_state))
-        key = jax.random.key(len(env_states))
-        obs, env_state, _, terminated, truncated, _ = env.step(key, env_state, act(obs), env_params)
-        ended = terminated or truncated
-    Visualizer(env, env_params, env_states).animate(str(run / "policy.gif"))
-    print(f"{len(env_states)} frames in {run / 'policy.gif'}")
+    player, key = make(script, config, variables, num_episodes), jax.random.key(0)
+    returns, lengths = jax.jit(lambda key: score(player, key, num_episodes))(key)
+    print(
+        f"return {returns.mean():.1f} ± {returns.std():.1f} (mean and standard deviation of "
+        f"{num_episodes} episodes), {returns.min():.1f} to {returns.max():.1f}, "
+        f"{lengths.mean():.0f} steps"
+    )
+    if draw:
+        player = make(script, config, variables, 1)
+        path = player.draw(record(player, jax.random.key(1)), run)
+        print(path if path else f"nothing here can draw {config.env_id}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,14 @@ def throughputs(studies: dict[str, dict]) -> str:
     return markdown(["study", *(title for title, _ in columns)], rows)
 
 
+def printed(studies: dict[str, dict]) -> str:
+    """What a program of examples/ printed."""
+    texts = [
+        f"{study['printed'].strip()}\n({study['seconds']:.0f} s)" for study in studies.values()
+    ]
+    return "```text\n" + "\n\n".join(texts) + "\n```"
+
+
 def seconds(name: str) -> str:
     """Returns after equal seconds, when the first of the curves ends; linear between points."""
     studies = find(name)
@@ -176,8 +184,9 @@ def study(names: str) -> str:
         return NOT_RUN
     missing = [f"`{name}`" for name in names.split() if name not in studies]
     first = next(iter(studies.values()))
-    kind = "curves" if "curves" in first else "rows" if "rows" in first else "timings"
-    make_table = {"curves": returns, "rows": throughputs, "timings": speeds}[kind]
+    makers = {"curves": returns, "rows": throughputs, "timings": speeds, "printed": printed}
+    kind = next(kind for kind in makers if kind in first)
+    make_table = makers[kind]
     parts = [make_table(studies)] + [images(studies)] * (kind != "timings")
     parts += [devices(studies), commands(studies)]
     if missing:

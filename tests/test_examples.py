@@ -1,0 +1,163 @@
+"""The programs of examples/: each runs, and computes what it says."""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, SCRIPTS, flags
+from jax.sharding import Mesh
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+@pytest.fixture
+def mesh():
+    """One device, for examples that would choose theirs before JAX starts."""
+    return Mesh(jax.devices()[:1], ("agents",))
+
+
+def test_sweep(mesh, monkeypatch, tmp_path, capsys):
+    """Every agent of the table is the script's own run with these hyperparameters and that seed."""
+    sweep, ppo = importlib.import_module("sweep"), importlib.import_module("ppo_cartpole")
+    monkeypatch.setattr(sweep, "start_devices", lambda max_per_device: (mesh, 2))
+    tiny = " ".join([*flags("ppo_cartpole"), "--total-timesteps 2560"])
+    grid = ("learning_rate=1e-3,1e-2", "gae-lambda=0.5,0.9")
+    sweep.main("ppo_cartpole", grid, flags=tiny, num_seeds=3, out=tmp_path / "sweep")
+    table = pd.read_csv(tmp_path / "sweep.csv")
+    assert len(table) == 12 and len(table.drop_duplicates()) == 12
+    agent = table.iloc[7].to_dict()
+    config = ppo.parse_args(tiny.split())
+    own = dataclasses.replace(
+        config, learning_rate=agent["learning_rate"], gae_lambda=agent["gae_lambda"]
+    )
+    _, metrics = jax.jit(ppo.make_train(own))(jax.random.key(int(agent["seed"])))
+    last = np.nanmean(metrics["charts/episodic_return"][-config.num_updates // 10 :])
+    np.testing.assert_allclose(agent["episodic_return"], last, rtol=0.05)
+
+    best = table.groupby(["learning_rate", "gae_lambda"]).episodic_return.mean().idxmax()
+    printed = capsys.readouterr().out
+    assert f" 1. learning_rate={best[0]:g}, gae_lambda={best[1]:g}: " in printed
+    assert (tmp_path / "sweep.png").exists()
+    with pytest.raises(SystemExit, match="num_envs is not a float field"):
+        sweep.main("ppo_cartpole", ("num_envs=4,8", grid[1]))
+
+
+def test_wandb_sweep():
+    """The flags that a sweep's agent passes are ones that the script takes."""
+    lines = (ROOT / "examples" / "wandb_sweep.yaml").read_text().splitlines()
+    script = next(line.split()[1] for line in lines if line.startswith("program:"))
+    metric = next(re.search(r"name: ([\w/]+)", line)[1] for line in lines if "metric:" in line)
+    values = {"learning_rate": "0.001", "gae_lambda": "0.25", "wandb_mode": "online"}
+    names = [line.split(":")[0].strip() for line in lines if line.startswith("  ")]
+    assert names == list(values)
+    ppo = importlib.import_module(script.removesuffix(".py"))
+    config = ppo.parse_args([f"--{name}={value}" for name, value in values.items()])
+    assert config.learning_rate == 1e-3 and config.gae_lambda == 0.25
+    tiny = ppo.Config(**SCRIPTS[ppo.__name__])
+    assert metric in jax.eval_shape(ppo.make_train(tiny), jax.random.key(0))[1]
+
+
+def test_baird():
+    """Linear TD follows the expected updates of the textbook and diverges; layer norm does not."""
+    baird = importlib.import_module("baird")
+    key = jax.random.key(0)
+    linear = baird.Network(1, (), False)
+    values = np.asarray(baird.baird(linear, 0.0, key, steps_per_point=2))
+    features = np.zeros((7, 8))
+    features[:6, :6], features[:6, 7], features[6, 6:] = 2 * np.eye(6), 1, [1, 2]
+    (weights,) = jax.tree.leaves(linear.init(key, jnp.asarray(features)))
+    weights = np.asarray(weights, float)[:, 0]
+    for _ in range(2):
+        errors = 0.99 * features[6] @ weights - features @ weights
+        weights += 0.01 / 7 * features.T @ errors
+    np.testing.assert_allclose(values[0], np.abs(features @ weights).mean(), rtol=1e-5)
+
+    many = baird.baird(linear, 0.0, key, steps_per_point=100)[-1]
+    normed = baird.baird(baird.Network(1, (16,), True), 0.0, key, steps_per_point=100)[-1]
+    assert many > 100 > 50 > normed
+
+
+def test_evolution(mesh, monkeypatch, tmp_path, capsys):
+    """It raises the fitness, and a run that was stopped goes on as if it had not been."""
+    evolve = importlib.import_module("evolve_value_loss")
+    monkeypatch.setattr(evolve, "start_devices", lambda: mesh)
+    monkeypatch.setattr(
+        evolve,
+        "over_agents",
+        lambda *_: lambda x, seeds: -np.square(x - 1).mean(1)[:, None] + 0 * seeds,
+    )
+    options = {"population": 8, "hold_out_seeds": 2}
+    evolve.main(generations=40, out=tmp_path / "whole", **options)
+    for generations in (15, 40):
+        evolve.main(generations=generations, out=tmp_path / "parts", **options)
+    whole, parts = (
+        pd.read_csv(tmp_path / f"{name}_generations.csv") for name in ("whole", "parts")
+    )
+    assert whole["mean"].iloc[-1] > whole["mean"].iloc[0] + 0.2
+    pd.testing.assert_frame_equal(whole.drop(columns="seconds"), parts.drop(columns="seconds"))
+
+
+def test_evolved_loss_starts_as_the_squared_error():
+    evolve, ppo = (
+        importlib.import_module("evolve_value_loss"),
+        importlib.import_module("ppo_cartpole"),
+    )
+    values, old_values, returns = jax.random.normal(jax.random.key(0), (3, 5))
+    variables = evolve.LossWeights().init(jax.random.key(1), values, returns, old_values)
+    loss = evolve.evolved_loss(variables, values, old_values, returns, 0.2)
+    np.testing.assert_allclose(
+        loss, ppo.value_loss(values, old_values, returns, jnp.inf), rtol=1e-6
+    )
+    # PPO learns with the loss that it is given.
+    config = ppo.Config(**SCRIPTS["ppo_cartpole"])
+    train = ppo.make_train(config, lambda values, *_: jnp.float32(7) + 0 * values.sum())
+    _, metrics = train(jax.random.key(0), num_updates=1)
+    np.testing.assert_allclose(metrics["losses/value_loss"], 7)
+
+
+@pytest.mark.parametrize("name", ["ppo_cartpole", "ppo_continuous_action", "pqn_rnn_craftax"])
+def test_play(name, tmp_path, capsys):
+    """The score is about the run's own evaluation of the same parameters."""
+    play, script = importlib.import_module("play"), importlib.import_module(name)
+    config = script.Config(**SCRIPTS[name] | {"eval_episodes": 64})
+    config = dataclasses.replace(config, total_timesteps=2 * config.steps_per_update)
+    command = [sys.executable, ROOT / f"{name}.py", *flags(name), "--runs-dir", tmp_path]
+    command += ["--total-timesteps", str(config.total_timesteps), "--eval-episodes", "64"]
+    subprocess.run(command, check=True, capture_output=True)
+    (run,) = tmp_path.iterdir()
+    play.main(run, num_episodes=64, draw=name == "ppo_cartpole")
+    printed = capsys.readouterr().out
+    mean, spread = map(float, re.match(r"return (\S+) ± (\S+) ", printed).groups())
+    own = pd.read_csv(run / "metrics.csv")["eval/episodic_return"].iloc[-1]
+    assert abs(mean - own) <= 4 * spread / 64**0.5 * 2**0.5 + 0.1
+    assert (run / "policy.gif").exists() == (name == "ppo_cartpole")
+
+
+def test_quickstart(tmp_path):
+    """The notebook's cells, in order, with shorter runs."""
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    assert len(cells) == 10
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code[0].splitlines()[-1] == "%pip install -q -r ../requirements.txt"
+    text = re.sub(r"total_timesteps=\d+_000", "total_timesteps=20_480", "\n".join(code[1:-1]))
+    text = text.replace("range(40)", "range(3)").replace("plt.show()", "plt.close()")
+    text = text.replace("Config(", "Config(hidden_size=16, ")
+    (tmp_path / "examples").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", text.replace('"..")', f'"{ROOT}")')],
+        cwd=tmp_path / "examples",
+        env=os.environ | {"MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "examples" / "cartpole.gif").exists()
