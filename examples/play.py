@@ -93,11 +93,15 @@ def continuous_player(script, config, variables, num_envs: int) -> Player:
     """Of the scripts for continuous actions."""
     env = script.make_env(config.env_id, config.backend)
     statistics = script.Statistics(**variables["statistics"])
+    obs_clip = config.obs_clip
     if hasattr(script, "GaussianPolicy"):
-        policy, obs_clip = script.GaussianPolicy(env.action_size, config), config.obs_clip
+        actor = script.GaussianPolicy(env.action_size, config)
+    elif hasattr(script, "DeterministicPolicy"):
+        actor = script.DeterministicPolicy(env.action_size, config)
     else:
-        is_sac, obs_clip = config.algorithm == "sac_n", jnp.inf
-        policy = script.MLP(env.action_size * (1 + is_sac), config.hidden_sizes)
+        obs_clip = jnp.inf  # only PQL's learners clip
+        is_stochastic = config.algorithm == "sac_n"
+        actor = script.MLP(env.action_size * (1 + is_stochastic), config.hidden_sizes)
 
     def reset(key):
         env_state = script.reset_envs(env, key, num_envs)
@@ -110,9 +114,10 @@ def continuous_player(script, config, variables, num_envs: int) -> Player:
     def act(memory, obs, start):
         obs = script.normalize(obs, statistics, obs_clip)
         if hasattr(script, "GaussianPolicy"):
-            return memory, jnp.clip(policy.apply(variables["actor"], obs)[0], -1, 1)
-        outputs = policy.apply(variables["policy"], obs)
-        return memory, jnp.tanh(outputs[..., : env.action_size])
+            return memory, jnp.clip(actor.apply(variables["actor"], obs)[0], -1, 1)
+        if hasattr(script, "DeterministicPolicy"):
+            return memory, actor.apply(variables["actor"], obs)
+        return memory, jnp.tanh(actor.apply(variables["policy"], obs)[..., : env.action_size])
 
     def draw(env_states, folder):
         physics = [state.physics for state in env_states]

@@ -124,7 +124,7 @@ def test_evolved_loss_starts_as_the_squared_error():
     np.testing.assert_allclose(metrics["losses/value_loss"], 7)
 
 
-@pytest.mark.parametrize("name", ["ppo_cartpole", "ppo_continuous_action", "pqn_rnn_craftax"])
+@pytest.mark.parametrize("name", ["ppo_cartpole", "pqn_continuous_action", "pqn_rnn_craftax"])
 def test_play(name, tmp_path, capsys):
     """The score is about the run's own evaluation of the same parameters."""
     play, script = importlib.import_module("play"), importlib.import_module(name)
