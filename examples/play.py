@@ -1,7 +1,8 @@
 """Plays an episode of a trained policy into policy.gif: python examples/play.py runs/<run>
 
 Loads params.msgpack as anyone would, plays one greedy episode and lets gymnax draw it: the classic
-control tasks (with pygame, which requirements.txt brings), MinAtar, Catch, and the mazes.
+control tasks (with pygame, which requirements.txt brings), MinAtar, Catch, and the mazes. JaxMARL
+draws its teams, Overcooked's with imageio.
 """
 
 import importlib
@@ -15,6 +16,7 @@ os.environ |= {
 }  # pygame draws without a screen
 
 import jax
+import jax.numpy as jnp
 import tyro
 from flax import serialization
 from gymnax.visualize import Visualizer
@@ -31,6 +33,30 @@ def greedy_policy(script, config, num_actions: int, variables):
     else:
         network = script.QNetwork(num_actions, config)
     return jax.jit(lambda obs: network.apply(variables, obs).argmax())
+
+
+def draw_team(script, config, variables, max_steps: int, gif: str) -> int:
+    """Plays and draws a greedy episode of pqn_vdn_jaxmarl; returns its number of steps."""
+    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
+    from jaxmarl.viz.visualizer import SMAXVisualizer
+
+    reset, step, env = script.make_env(config.env_id)
+    network, step = script.QNetwork(env.action_space(env.agents[0]).n, config), jax.jit(step)
+    hidden = jnp.zeros((env.num_agents, config.hidden_size)) if config.network == "gru" else None
+    obs, state = reset(jax.random.key(0))
+    played = []
+    while not state.ended and len(played) < max_steps:
+        hidden, q = network.apply(variables, hidden, obs.features[None], obs.clear[None])
+        action = jnp.where(obs.available, q[0], -jnp.inf).argmax(-1)
+        key = jax.random.key(len(played))
+        played.append((key, state.env_state, dict(zip(env.agents, action, strict=True))))
+        obs, state, *_ = step(key, state, action)
+    if config.env_id.startswith("smax"):
+        SMAXVisualizer(env, played).animate(gif, view=False)
+    else:
+        states = [env_state for _, env_state, _ in played]
+        OvercookedVisualizer().animate(states, env.agent_view_size, gif)
+    return len(played)
 
 
 def innermost(env_state):
@@ -50,6 +76,10 @@ def main(run: tyro.conf.Positional[Path], seed: int = 0, max_steps: int = 200) -
     config = script.load_config(run)
     variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
     variables = jax.tree.map(lambda x: x[seed], variables)
+    if hasattr(script, "make_jaxmarl"):
+        steps = draw_team(script, config, variables, max_steps, str(run / "policy.gif"))
+        print(f"{steps} steps in {run / 'policy.gif'}")
+        return
     env, env_params = script.make_env(config if hasattr(script, "GAMES") else config.env_id)
     act = greedy_policy(script, config, env.num_actions, variables)
 

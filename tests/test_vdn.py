@@ -174,11 +174,13 @@ def test_loss_of_an_update(env_id, network, changes):
     sizes = ROLLOUTS | {"num_layers": 1, "num_epochs": 1, "num_minibatches": 1, "eval_interval": 0}
     config = vdn.Config(
         env_id=env_id, network=network, **sizes | changes | {"learning_rate": 0.0},
-        norm_input="none", epsilon_decay=0.5, epsilon_finish=0.1,
+        norm_input="none", epsilon_decay=0.5, epsilon_finish=0.1, reward_scale=0.5,
     )  # fmt: skip
     train = vdn.make_train(config)
     one_update = jax.jit(lambda state: train(state=state, num_updates=1))
-    state, _ = one_update(jax.jit(train.init)(jax.random.key(0)))
+    state = jax.jit(train.init)(jax.random.key(0))
+    # Values as large as rewards, so that all of the target counts.
+    state, _ = one_update(state._replace(variables=jax.tree.map(lambda x: 4 * x, state.variables)))
     _, metrics = one_update(state)
     loss, value, *happened = slow_loss(config, state, 1)
     assert all(happened) or (env_id == "overcooked_shaped" and happened[1])
