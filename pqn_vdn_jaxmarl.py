@@ -85,19 +85,17 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Where two defaults are given, the published one of the environment is filled in."""
+    """Fields that are None take the default of the environment, from DEFAULTS."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
     """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int | None = None
-    """Total environment steps per seed, over all environments; rounded down to whole updates. A
-    reset counts as a step. Default: 1e7 on SMAX, 5e6 on Overcooked."""
+    """Environment steps per seed, resets included. Default: 1e7 on SMAX, 5e6 on Overcooked."""
 
     env_id: str = "smax_3m"
-    """smax_<map> (3m, 2s3z, 5m_vs_6m, 3s5z, smacv2_5_units, ...) or overcooked_<layout>
-    (cramped_room, asymm_advantages, coord_ring, forced_coord, counter_circuit)."""
+    """smax_<map>, such as smax_2s3z, or overcooked_<layout>, such as overcooked_coord_ring."""
     num_envs: int | None = None
     """Parallel environments per seed. Default: 128 on SMAX, 64 on Overcooked."""
     num_steps: int | None = None
@@ -110,15 +108,13 @@ class Config:
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float | None = None
-    """Lambda of the lambda-returns: 0 for one-step targets, 1 for Monte Carlo. Default: 0.85 on
-    SMAX, 0.5 on Overcooked."""
+    """0 for one-step targets, 1 for Monte Carlo. Default: 0.85 on SMAX, 0.5 on Overcooked."""
     epsilon_start: float = 1.0
     """Initial exploration rate."""
     epsilon_finish: float | None = None
     """Final exploration rate. Default: 0.01 on SMAX, 0.2 on Overcooked."""
     epsilon_decay: float | None = None
-    """Fraction of the run over which the exploration rate decays linearly. Default: 0.1 on SMAX,
-    0.2 on Overcooked."""
+    """Fraction of the run in which it decays linearly. Default: 0.1 on SMAX, 0.2 on Overcooked."""
     num_epochs: int = 4
     """Passes over each rollout."""
     num_minibatches: int = 16
@@ -126,17 +122,13 @@ class Config:
     max_grad_norm: float | None = None
     """Maximum global norm of the gradients. Default: 1 on SMAX, 10 on Overcooked."""
     reward_scale: float | None = None
-    """Scale of training rewards; reported returns are unscaled. Default: 10 on SMAX, 1 on
-    Overcooked."""
+    """Scale of training rewards, not of reported ones. Default: 10 on SMAX, 1 on Overcooked."""
     shaping_decay: float = 0.5
-    """Fraction of the run over which Overcooked's shaped rewards, for steps towards a soup, fade
-    linearly; reported returns are without them."""
+    """Fraction of the run in which Overcooked's shaped rewards fade; returns are without them."""
     mixer: Literal["vdn", "none"] = "vdn"
-    """What learns from the team's reward: vdn, the sum of the agents' values; none, each agent's
-    value by itself (independent Q-learning)."""
+    """vdn: the sum of the agents' values learns; none: each by itself (independent Q-learning)."""
     network: Literal["gru", "mlp", "cnn"] | None = None
-    """Recurrent, feed-forward, or with three convolutions for Overcooked's images. Default: gru on
-    SMAX, cnn on Overcooked."""
+    """cnn takes Overcooked's images only. Default: gru on SMAX, cnn on Overcooked."""
     norm_input: Literal["batch_renorm", "none"] | None = None
     """Normalisation of the observations. Default: batch_renorm on SMAX, none on Overcooked."""
     hidden_size: int = 512
@@ -297,7 +289,8 @@ class QNetwork(nn.Module):
     """The agents' shared network: features [T, B, ...] and clear [T, B] to [T, B, num_actions].
 
     clear empties an agent's memory before a step; hidden [B, hidden_size] is the GRU's state
-    before the first step. Feed-forward networks pass it on.
+    before the first step. Feed-forward networks have none, and pass it on. Hidden layers have layer
+    normalisation everywhere; PureJaxQL has batch normalisation on SMAX.
     """
 
     num_actions: int
