@@ -37,6 +37,7 @@ COLOURS = {
     "pqn_cartpole": "#0072B2",
     "pqn_minatar": "#56B4E9",
     "pqn_rnn_craftax": "#003F6B",
+    "pqn_vdn_jaxmarl": "#CC79A7",
     "dqn_cartpole": "#E69F00",
     "ppo_cartpole": "#009E73",
     "ppo_continuous_action": "#66C2A5",

@@ -3,7 +3,8 @@
     python examples/play.py runs/<run>
 
 The run may be one of any script. The episode is drawn as policy.gif for gymnax's classic control,
-MinAtar, Catch and mazes, and Craftax; as policy.html for brax, to open in a browser.
+MinAtar, Catch and mazes, for Craftax and for JaxMARL (slowly for SMAX; Overcooked needs imageio);
+as policy.html for brax, to open in a browser.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Player(NamedTuple):
     step: Callable  # key, env_state, action -> obs, env_state, reward, ended
     act: Callable  # memory, obs, start (of an episode) -> memory, action
     memory: Any
-    draw: Callable  # states of one episode, folder -> path, or None where nothing can draw them
+    draw: Callable  # what record gives, folder -> path, or None where nothing can draw it
 
 
 def feed_forward_player(script, config, variables, num_envs: int) -> Player:
@@ -61,7 +62,10 @@ def feed_forward_player(script, config, variables, num_envs: int) -> Player:
     def act(memory, obs, start):
         return memory, network.apply(variables, obs).argmax(-1)
 
-    return Player(reset, step, act, None, lambda *args: draw_gymnax(config.env_id, *args))
+    def draw(steps, folder):
+        return draw_gymnax(config.env_id, [env_state for _, env_state, _ in steps], folder)
+
+    return Player(reset, step, act, None, draw)
 
 
 def recurrent_player(script, config, variables, num_envs: int) -> Player:
@@ -82,9 +86,9 @@ def recurrent_player(script, config, variables, num_envs: int) -> Player:
         action = q_values[0].argmax(-1).astype(jnp.int32)
         return (hidden, action), action
 
-    def draw(env_states, folder):
+    def draw(steps, folder):
         draw_env = draw_craftax if config.env_id in script.CRAFTAX else draw_gymnax
-        return draw_env(config.env_id, env_states, folder)
+        return draw_env(config.env_id, [env_state for _, env_state, _ in steps], folder)
 
     return Player(reset, step, act, (hidden, jnp.zeros(num_envs, jnp.int32)), draw)
 
@@ -119,13 +123,40 @@ def continuous_player(script, config, variables, num_envs: int) -> Player:
             return memory, actor.apply(variables["actor"], obs)
         return memory, jnp.tanh(actor.apply(variables["policy"], obs)[..., : env.action_size])
 
-    def draw(env_states, folder):
-        physics = [state.physics for state in env_states]
+    def draw(steps, folder):
+        physics = [env_state.physics for _, env_state, _ in steps]
         if hasattr(physics[0], "pipeline_state"):
             return draw_brax(config, physics, folder)
         return draw_gymnax(config.env_id, physics, folder)
 
     return Player(reset, step, act, None, draw)
+
+
+def team_player(script, config, variables, num_envs: int) -> Player:
+    """Of pqn_vdn_jaxmarl.py; returns are the team's."""
+    env_reset, env_step, env = script.make_env(config.env_id)
+    network = script.QNetwork(env.action_space(env.agents[0]).n, config)
+    hidden = jnp.zeros((num_envs * env.num_agents, config.hidden_size), jnp.float32)
+
+    def reset(key):
+        return jax.vmap(env_reset)(jax.random.split(key, num_envs))
+
+    def step(key, env_state, action):
+        obs, env_state, reward, _, terminated, truncated, _ = jax.vmap(env_step)(
+            jax.random.split(key, num_envs), env_state, action
+        )
+        return obs, env_state, reward, terminated | truncated
+
+    def act(hidden, obs, start):
+        features, clear = (x.reshape(1, -1, *x.shape[2:]) for x in (obs.features, obs.clear))
+        hidden, q_values = network.apply(variables, hidden, features, clear)
+        q_values = jnp.where(obs.available, q_values.reshape(obs.available.shape), -jnp.inf)
+        return hidden, q_values.argmax(-1)
+
+    def draw(steps, folder):
+        return draw_team(env, steps, folder)
+
+    return Player(reset, step, act, hidden if config.network == "gru" else None, draw)
 
 
 def draw_gymnax(env_id: str, env_states: list, folder: Path) -> Path | None:
@@ -180,6 +211,24 @@ def draw_brax(config, env_states: list, folder: Path) -> Path:
     return path
 
 
+def draw_team(env, steps: list, folder: Path) -> Path:
+    """policy.gif, by JaxMARL."""
+    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
+    from jaxmarl.viz.visualizer import SMAXVisualizer
+
+    path = folder / "policy.gif"
+    if hasattr(env, "agent_view_size"):
+        env_states = [state.env_state for _, state, _ in steps]
+        OvercookedVisualizer().animate(env_states, env.agent_view_size, str(path))
+    else:
+        steps = [
+            (key, state.env_state, dict(zip(env.agents, action, strict=True)))
+            for key, state, action in steps
+        ]
+        SMAXVisualizer(env, steps).animate(str(path), view=False)
+    return path
+
+
 def score(player: Player, key: jax.Array, num_episodes: int) -> tuple[jax.Array, jax.Array]:
     """Returns and lengths [num_episodes] of an episode in each environment."""
 
@@ -198,18 +247,18 @@ def score(player: Player, key: jax.Array, num_episodes: int) -> tuple[jax.Array,
 
 
 def record(player: Player, key: jax.Array) -> list:
-    """The environment's states in one episode, without the axis of environments."""
+    """Key, state and action of every step of an episode, without the axis of environments."""
     step, act = jax.jit(player.step), jax.jit(player.act)
     obs, env_state = jax.jit(player.reset)(key)
-    memory, start, env_states = player.memory, jnp.ones(1, bool), []
+    memory, start, steps = player.memory, jnp.ones(1, bool), []
     with tqdm(desc="playing", unit=" steps", disable=None) as bar:
-        while not env_states or not start[0]:
-            env_states.append(jax.tree.map(lambda x: x[0], env_state))
+        while not steps or not start[0]:
             memory, action = act(memory, obs, start)
-            step_key = jax.random.fold_in(key, len(env_states))
+            step_key = jax.random.fold_in(key, len(steps))
+            steps.append((step_key, *jax.tree.map(lambda x: x[0], (env_state, action))))
             obs, env_state, _, start = step(step_key, env_state, action)
             bar.update()
-    return env_states
+    return steps
 
 
 def main(
@@ -227,9 +276,13 @@ def main(
     config = script.load_config(run)
     variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
     variables = jax.tree.map(lambda x: x[seed], variables)
-    is_continuous, is_recurrent = hasattr(script, "make_physics"), hasattr(script, "CRAFTAX")
-    make = continuous_player if is_continuous else feed_forward_player
-    make = recurrent_player if is_recurrent else make
+    makers = {
+        "make_physics": continuous_player,
+        "make_craftax": recurrent_player,
+        "make_jaxmarl": team_player,
+        "make_env": feed_forward_player,
+    }
+    make = next(make for name, make in makers.items() if hasattr(script, name))
 
     player, key = make(script, config, variables, num_episodes), jax.random.key(0)
     returns, lengths = jax.jit(lambda key: score(player, key, num_episodes))(key)

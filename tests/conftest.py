@@ -1,5 +1,6 @@
 """Fixtures that every script goes through: a further script joins by a line in SCRIPTS."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -39,6 +40,7 @@ SCRIPTS = {
     | {"num_steps": 2, "target_interval": 4, "hidden_sizes": (16,)}
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
     "pqn_rnn_craftax": ROLLOUTS | {"num_layers": 1, "env_id": "MemoryChain-bsuite"},
+    "pqn_vdn_jaxmarl": ROLLOUTS | {"num_layers": 1, "env_id": "smax_3m"},
     "pql_isaac_style": SIZES
     | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
     | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},
@@ -94,13 +96,25 @@ def flags(script: str) -> list[str]:
 @pytest.fixture(scope="session", params=SCRIPTS)
 def script(request):
     """The imported script."""
-    return importlib.import_module(request.param)
+    script = importlib.import_module(request.param)
+    if hasattr(script, "make_jaxmarl"):
+        import teams  # not at the top: JAX reads the settings above
+
+        teams.register(script)
+    return script
 
 
 @pytest.fixture(scope="session")
 def config(script):
     """A tiny configuration of the script."""
-    return script.Config(**SCRIPTS[script.__name__])
+    quick = {"env_id": "smax_skirmish"} if hasattr(script, "make_jaxmarl") else {}
+    return script.Config(**SCRIPTS[script.__name__] | quick)
+
+
+def floats(config) -> set[str]:
+    """The hyperparameters that may be traced: floats, also those with a default by environment."""
+    names = {x.name for x in dataclasses.fields(config) if x.type in (float, float | None)}
+    return names - {"checkpoint_interval", "sticky_action_prob"}
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -107,6 +107,7 @@ BILLIONS = {
     "ppo_continuous_action": {"num_envs": 4, "num_steps": 8, "num_epochs": 4},
     "pqn_continuous_action": {"num_envs": 4, "num_steps": 8, "num_epochs": 4},
     "pqn_rnn_craftax": {"num_envs": 4, "num_steps": 8, "num_minibatches": 4, "num_epochs": 4},
+    "pqn_vdn_jaxmarl": {"num_envs": 4, "num_steps": 8, "num_minibatches": 4, "num_epochs": 4},
     "dqn_cartpole": {"num_envs": 4, "num_steps": 1, "target_interval": 8},
     "pql_isaac_style": {"num_envs": 4, "num_steps": 8},
 }
@@ -116,7 +117,8 @@ def test_two_billion_steps(script, config, games):
     """Near the end of the longest run that is accepted, counters, rates and lengths are right."""
     sizes = BILLIONS[script.__name__] | {"total_timesteps": 2**31 - 1, "eval_interval": 0}
     env_id = "ImageRing" if hasattr(script, "GAMES") else "Ring"
-    env_id = config.env_id if hasattr(script, "make_physics") else env_id
+    not_gymnax = hasattr(script, "make_physics") or hasattr(script, "make_jaxmarl")
+    env_id = config.env_id if not_gymnax else env_id
     config = dataclasses.replace(config, env_id=env_id, **sizes)
     train = script.make_train(config)
     state = jax.jit(train.init)(jax.random.key(0))
@@ -228,18 +230,20 @@ X64 = """
 import dataclasses, importlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import jax, jax.numpy as jnp
-from conftest import SCRIPTS
+from conftest import SCRIPTS, floats
 cases = list(SCRIPTS.items())
 pql = SCRIPTS["pql_isaac_style"]
 cases += [("pql_isaac_style", pql | {"algorithm": x}) for x in ("pql_d", "ddpg_n", "sac_n")]
 for name, settings in cases:
     script = importlib.import_module(name)
+    if hasattr(script, "make_jaxmarl"):  # SMAX itself takes no x64
+        import teams
+        teams.register(script)
+        settings = settings | {"env_id": "smax_skirmish"}
     config = script.Config(**settings)
-    floats = {field.name for field in dataclasses.fields(config) if field.type is float}
-    floats -= {"checkpoint_interval", "sticky_action_prob"}
     def train(key, values):
         return script.make_train(dataclasses.replace(config, **values))(key)
-    values = {name: jnp.float64(getattr(config, name)) for name in floats}
+    values = {name: jnp.float64(getattr(config, name)) for name in floats(config)}
     state, metrics = jax.eval_shape(train, jax.random.key(0), values)
     for path, leaf in jax.tree.leaves_with_path(state):
         path = jax.tree_util.keystr(path)

@@ -84,7 +84,8 @@ def test_running_half(sources):
 
 def test_every_number_has_its_limits(script):
     """LIMITS names each field of Config that is a number, once."""
-    numbers = [name for name, kind in script.Config.__annotations__.items() if kind in (int, float)]
+    kinds = int, float, int | None, float | None
+    numbers = [name for name, kind in script.Config.__annotations__.items() if kind in kinds]
     limited = [name for _, _, names in script.LIMITS for name in names.split()]
     assert sorted(limited) == sorted(numbers)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EXACT, only, warmup
+from conftest import EXACT, floats, only, warmup
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -38,7 +38,7 @@ OTHER_VALUES = {
     "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
     "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0, "alpha_learning_rate": 1e-2,
     "initial_stddev": 0.5, "stddev_start": 0.3, "stddev_finish": 0.8, "stddev_decay": 0.5,
-    "penalty_threshold": 0.01, "penalty_coef": 1.0,
+    "penalty_threshold": 0.01, "penalty_coef": 1.0, "shaping_decay": 0.1,
 }  # fmt: skip
 
 
@@ -49,10 +49,8 @@ def make_train_of(script, config, values, **changes):
 @pytest.fixture(scope="module")
 def values(config):
     """Every float that is a hyperparameter: the programs below take them as arguments."""
-    floats = {field.name for field in dataclasses.fields(config) if field.type is float}
-    floats -= {"checkpoint_interval", "sticky_action_prob"}
-    assert floats <= set(OTHER_VALUES)
-    return {name: getattr(config, name) for name in floats}
+    assert floats(config) <= set(OTHER_VALUES)
+    return {name: getattr(config, name) for name in floats(config)}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +147,7 @@ def test_vmapped_over_seeds_and_hyperparameters(script, config, init, chunk, val
     together = jax.jit(jax.vmap(start))(*jax.tree.map(lambda *x: jnp.stack(x), *cases))
     for i, (key, own) in enumerate(cases):
         state, metrics = chunk(init(key, own), own)
-        metrics.pop("eval/episodic_return")  # there is none yet
+        metrics = {name: x for name, x in metrics.items() if name in together[1]}  # no evaluations
         mine = jax.tree.map(lambda x, i=i: x[i], together)
         assert_equal(mine[0].params, state.params, atol=1e-4)
         assert_equal(mine[1], metrics, rtol=1e-3, atol=1e-4)
@@ -160,7 +158,8 @@ def test_every_hyperparameter_matters(init, chunk, values):
     schedules = {"charts/learning_rate", "charts/epsilon"}
     base = values | {"learning_rate": 3e-3}
     _, expected = chunk(init(KEYS[1], base), base)
-    for name in set(values) - {"value_bound", "alpha_learning_rate"}:  # tested in test_pql.py
+    elsewhere = {"value_bound", "alpha_learning_rate", "shaping_decay"}  # test_pql.py, test_vdn.py
+    for name in set(values) - elsewhere:
         own = base | {name: OTHER_VALUES[name]}
         _, metrics = chunk(init(KEYS[1], own), own)
         learned = set(metrics) - schedules
@@ -235,7 +234,8 @@ def test_every_epoch_is_shuffled_anew(script, config):
     """One sort of random bits for each epoch, or none where there are none."""
     jaxpr = jax.make_jaxpr(script.make_train(config))(KEYS[0]).jaxpr
     sorts = {x.invars[0].aval.shape for x in equations(jaxpr) if x.primitive.name == "sort"}
-    size = {"pqn_rnn_craftax": config.num_envs}.get(script.__name__, 32)
+    of_whole_envs = script.__name__ in ("pqn_rnn_craftax", "pqn_vdn_jaxmarl")
+    size = config.num_envs if of_whole_envs else 32
     epochs = getattr(config, "num_epochs", None)
     assert (epochs, size) in sorts if epochs else not sorts
 
@@ -306,6 +306,8 @@ class ContinuousClock(Clock):
 
 def clock(script):
     """A Clock with the kind of actions that the script learns."""
+    if hasattr(script, "make_jaxmarl"):
+        return "overcooked_clock"
     continuous = hasattr(script, "make_physics")
     env_id = "ContinuousClock" if continuous else "Clock"
     if env_id not in gymnax.registered_envs:
