@@ -393,7 +393,7 @@ class TeamState(NamedTuple):
 
 def make_jaxmarl(env_id: str):
     """The environment of JaxMARL. Raises ValueError for an unknown id."""
-    # Not at the top: it takes seconds, and starts JAX before the devices are chosen. Silenced, as it
+    # Not at the top: it takes seconds, and starts JAX before the devices are chosen. Silenced: it
     # prints about missing packages, after setting sys.stdout to sys.__stdout__.
     silent = io.StringIO()
     with contextlib.redirect_stdout(silent), mock.patch.object(sys, "__stdout__", silent):

@@ -7,11 +7,15 @@ cd "$(dirname "$0")/../.."
 # Seeds that no setting was chosen on.
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m \
     --title "SMAX 3m" --metric eval/win_rate --line 0.9 --num-seeds 5 \
-    --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 128 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 3e6 --eval-interval 73 --seed 1000" \
+    --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 128 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 1.5e6 --eval-interval 61 --seed 1000" \
+    --curve "VDN=pqn_vdn_jaxmarl"
+
+python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m_mixer \
+    --title "SMAX 3m, smaller network" --metric eval/win_rate --num-seeds 5 \
+    --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 64 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 5e5 --eval-interval 30 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "VDN, limit as terminal=pqn_vdn_jaxmarl --no-bootstrap-on-truncation" \
-    --curve "independent=pqn_vdn_jaxmarl --mixer none" \
-    --curve "independent, limit as terminal=pqn_vdn_jaxmarl --mixer none --no-bootstrap-on-truncation"
+    --curve "independent=pqn_vdn_jaxmarl --mixer none"
 
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_2s3z \
     --title "SMAX 2s3z" --metric eval/win_rate --num-seeds 5 \
@@ -21,15 +25,14 @@ python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_2s3z \
 
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_cramped_room \
     --title "Overcooked, cramped room" --line 200 --num-seeds 5 \
-    --flags="--env-id overcooked_cramped_room --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.5e6 --eval-interval 73 --seed 1000" \
+    --flags="--env-id overcooked_cramped_room --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.2e6 --eval-interval 73 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "VDN, limit as terminal=pqn_vdn_jaxmarl --no-bootstrap-on-truncation" \
-    --curve "independent=pqn_vdn_jaxmarl --mixer none" \
-    --curve "independent, limit as terminal=pqn_vdn_jaxmarl --mixer none --no-bootstrap-on-truncation"
+    --curve "independent=pqn_vdn_jaxmarl --mixer none"
 
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_asymm_advantages \
     --title "Overcooked, asymmetric advantages" --num-seeds 5 \
-    --flags="--env-id overcooked_asymm_advantages --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.5e6 --eval-interval 73 --seed 1000" \
+    --flags="--env-id overcooked_asymm_advantages --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.2e6 --eval-interval 73 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "independent=pqn_vdn_jaxmarl --mixer none"
 
