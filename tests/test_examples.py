@@ -3,13 +3,13 @@
 import dataclasses
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,10 +130,8 @@ def test_play(name, tmp_path, capsys):
     play, script = importlib.import_module("play"), importlib.import_module(name)
     config = script.Config(**SCRIPTS[name] | {"eval_episodes": 64})
     config = dataclasses.replace(config, total_timesteps=2 * config.steps_per_update)
-    command = [sys.executable, ROOT / f"{name}.py", *flags(name), "--runs-dir", tmp_path]
-    command += ["--total-timesteps", str(config.total_timesteps), "--eval-episodes", "64"]
-    subprocess.run(command, check=True, capture_output=True)
-    (run,) = tmp_path.iterdir()
+    run = script.main(dataclasses.replace(config, runs_dir=str(tmp_path)))
+    capsys.readouterr()
     play.main(run, num_episodes=64, draw=name == "ppo_cartpole")
     printed = capsys.readouterr().out
     mean, spread = map(float, re.match(r"return (\S+) ± (\S+) ", printed).groups())
@@ -142,7 +140,7 @@ def test_play(name, tmp_path, capsys):
     assert (run / "policy.gif").exists() == (name == "ppo_cartpole")
 
 
-def test_quickstart(tmp_path):
+def test_quickstart(tmp_path, monkeypatch):
     """The notebook's cells, in order, with shorter runs."""
     cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
     assert len(cells) == 10
@@ -151,13 +149,8 @@ def test_quickstart(tmp_path):
     text = re.sub(r"total_timesteps=\d+_000", "total_timesteps=20_480", "\n".join(code[1:-1]))
     text = text.replace("range(40)", "range(3)").replace("plt.show()", "plt.close()")
     text = text.replace("Config(", "Config(hidden_size=16, ")
-    (tmp_path / "examples").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", text.replace('"..")', f'"{ROOT}")')],
-        cwd=tmp_path / "examples",
-        env=os.environ | {"MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "examples" / "cartpole.gif").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    matplotlib.use("agg")
+    exec(text, {})
+    assert Path("cartpole.gif").exists()
