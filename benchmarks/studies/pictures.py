@@ -143,7 +143,8 @@ def draw_curves(axes, curves: dict, over: str, names: dict | None = None) -> str
 
 
 def y_label(study: dict) -> str:
-    return "greedy return" if study["metric"].startswith("eval") else "return while training"
+    name = study["metric"].split("/")[1].removeprefix("episodic_").replace("_", " ")
+    return f"greedy {name}" if study["metric"].startswith("eval") else f"{name} while training"
 
 
 def save(figure: Figure, path: Path) -> None:

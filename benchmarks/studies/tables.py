@@ -6,6 +6,7 @@ In the template, <!-- study NAMES --> stands for the table, pictures, commands a
 studies; <!-- seconds NAME --> and <!-- achievements NAME --> for further tables of one.
 """
 
+import functools
 import itertools
 import re
 import shlex
@@ -34,9 +35,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def number(x: float) -> str:
-    """With one decimal and no minus before a rounded zero."""
-    return f"{round(float(x), 1) + 0.0:,.1f}"
+def number(x: float, decimals: int = 1) -> str:
+    """With no minus before a rounded zero."""
+    return f"{round(float(x), decimals) + 0.0:,.{decimals}f}"
 
 
 def returns(studies: dict[str, dict]) -> str:
@@ -45,12 +46,13 @@ def returns(studies: dict[str, dict]) -> str:
     for name, study in studies.items():
         for label, curve in study["curves"].items():
             final, interval = pictures.final_returns(curve), "-"
+            form = functools.partial(number, decimals=3 if "rate" in study["metric"] else 1)
             if len(final) >= 10:
                 low, high = pictures.bootstrap_interval(final)
-                interval = f"{number(pictures.interquartile_mean(final))} "
-                interval += f"({number(low)} to {number(high)})"
-            cells = [f"{int(curve['global_step'][-1]):,}", str(len(final)), number(final.mean())]
-            cells += [interval, number(final.min()), number(final.max())]
+                interval = f"{form(pictures.interquartile_mean(final))} "
+                interval += f"({form(low)} to {form(high)})"
+            cells = [f"{int(curve['global_step'][-1]):,}", str(len(final)), form(final.mean())]
+            cells += [interval, form(final.min()), form(final.max())]
             rows.append([f"`{name}`: {label}", *cells])
     head = ["study: curve", "environment steps", "seeds", "mean", "IQM (95% interval)"]
     return markdown([*head, "lowest", "highest"], rows)
