@@ -61,6 +61,17 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_num_envs \
     --curve "512 environments=pql_isaac_style --num-envs 512 --num-steps 16 --eval-interval 2 --warmup-steps 8" \
     --curve "4096 environments=pql_isaac_style --num-envs 4096 --num-steps 2 --eval-interval 2 --warmup-steps 4"
 
+# Stand-ins for the paper's six tasks of Isaac Gym, of which the last two need MuJoCo Playground.
+python benchmarks/studies/curves.py --out benchmarks/results/pql_stand_ins \
+    --title "stand-ins for Isaac Gym" --num-seeds 1 \
+    --flags="--num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 2 --eval-episodes 16 --total-timesteps 4e4" \
+    --curve "ant=pql_isaac_style --env-id ant" \
+    --curve "humanoid=pql_isaac_style --env-id humanoid" \
+    --curve "walker2d (ANYmal)=pql_isaac_style --env-id walker2d" \
+    --curve "pusher (Franka cube stacking)=pql_isaac_style --env-id pusher" \
+    --curve "FingerSpin (Allegro hand)=pql_isaac_style --env-id FingerSpin" \
+    --curve "FingerTurnHard (Shadow hand)=pql_isaac_style --env-id FingerTurnHard"
+
 python benchmarks/studies/curves.py --out benchmarks/results/ppo_ant \
     --title ant --num-seeds 5 --x steps seconds \
     --flags="--env-id ant --num-envs 256 --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 12 --eval-episodes 16 --total-timesteps 1e6" \
