@@ -3,7 +3,8 @@
     python benchmarks/studies/tables.py
 
 In the template, <!-- study NAMES --> stands for the table, pictures, commands and devices of some
-studies; <!-- seconds NAME --> and <!-- achievements NAME --> for further tables of one.
+studies; <!-- seconds NAME -->, <!-- speeds_of_curves NAME --> and <!-- achievements NAME --> for
+further tables of one.
 """
 
 import functools
@@ -114,6 +115,21 @@ def seconds(name: str) -> str:
     return markdown(head, rows)
 
 
+def speeds_of_curves(name: str) -> str:
+    """Steps per second and returns of curves that do not compare, such as of different tasks."""
+    studies = find(name)
+    if not studies:
+        return NOT_RUN
+    rows = []
+    for label, curve in studies[name]["curves"].items():
+        line, *_ = pictures.summary(curve)
+        cells = [f"{curve['steps_per_second']:,.0f}", f"{curve['compile_seconds']:.0f}"]
+        cells += [f"{curve['global_step'][-1]:,}", number(line[0]), number(line[-1])]
+        rows.append([label, *cells])
+    head = ["curve", "steps/s", "compile, s", "environment steps", "first return", "last return"]
+    return markdown(head, rows)
+
+
 def achievements(name: str) -> str:
     """Share of episodes that unlocked each achievement."""
     studies = find(name)
@@ -204,7 +220,8 @@ def wall_clock(_: str) -> str:
 
 def fill(template: str) -> str:
     """The template with every mark replaced by what it stands for."""
-    kinds = {make.__name__: make for make in (study, seconds, achievements, wall_clock)}
+    makers = study, seconds, speeds_of_curves, achievements, wall_clock
+    kinds = {make.__name__: make for make in makers}
     pattern = rf"<!-- ({'|'.join(kinds)})\b *(.*?) -->"
     return re.sub(pattern, lambda match: kinds[match[1]](match[2]), template)
 
