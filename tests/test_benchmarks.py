@@ -45,8 +45,12 @@ def load(out):
 def test_results_are_of_the_files():
     template = tables.TEMPLATE.read_text()
     assert tables.fill(template) == tables.RESULTS_MD.read_text(), "run studies/tables.py"
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", tables.RESULTS_MD.read_text()):
+    text = tables.RESULTS_MD.read_text()
+    sections = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)", text, re.M)}
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, section = link.partition("#")
         assert (tables.RESULTS_MD.parent / path).exists(), path
+        assert not section or section in sections, section
     named = {
         name for names in re.findall(r"<!-- study (.*?) -->", template) for name in names.split()
     }
