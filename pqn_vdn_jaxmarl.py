@@ -4,6 +4,7 @@ Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Le
 arXiv 2407.04811; VDN: Sunehag et al., AAMAS 2018, arXiv 1706.05296; JaxMARL: Rutherford et al.,
 NeurIPS 2024, arXiv 2311.10090. Unlike in pqn_cartpole.py, one network acts for every agent, the sum
 of the agents' values is what learns, and a minibatch holds whole environments, for the GRU's sake.
+The metrics have the team's return and its win_rate (SMAX) or soups (Overcooked).
 
     python pqn_vdn_jaxmarl.py --env-id smax_3m      # trains, plots, saves; --help lists the flags
 
@@ -967,7 +968,7 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
     metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
-    packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "numpy")
+    packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "jaxmarl", "numpy")
     metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
     times = "{run_seconds:.1f} s plus {compile_seconds:.1f} s of compilation".format(**metadata)
