@@ -61,9 +61,10 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxQL's for dm_control, except env_id, backend and obs_clip (CleanRL's).
+    """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's.
 
-    Its learning rate ends at 0.5 % of the initial one, not at zero.
+    PureJaxQL anneals the learning rate at every gradient step, to 0.5 % of its initial value; here
+    it is annealed at every update, to zero.
     """
 
     seed: int = 0
@@ -115,7 +116,7 @@ class Config:
     num_critics: int = 2
     """Critics, each with its own initial weights and the same targets."""
     critic_reduction: Literal["mean", "min"] = "mean"
-    """The value of several critics, in targets and for the actor."""
+    """How several critics give one value, in targets and for the actor."""
     norm: Literal["layer_norm", "none"] = "layer_norm"
     """Normalisation after every hidden layer."""
     actor_hidden_sizes: tuple[int, ...] = (512, 256, 128)
@@ -210,7 +211,7 @@ class MLP(nn.Module):
 
 
 class DeterministicPolicy(nn.Module):
-    """Actions [..., action_size] of normalised observations."""
+    """Normalised observations to actions [..., action_size] in [-1, 1]."""
 
     action_size: int
     config: Config
@@ -480,7 +481,7 @@ class Transition(NamedTuple):
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array  # after the step, before any reset
-    next_noise: jax.Array  # on the action after this one
+    next_noise: jax.Array  # noise of the next action
     terminated: jax.Array
     truncated: jax.Array
     discounted_return: jax.Array  # of the episode so far
@@ -507,7 +508,7 @@ def make_train(config: Config):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     def stddev(number):
-        """Of the exploration noise in an update."""
+        """Standard deviation of the exploration noise in an update."""
         decayed = jnp.minimum(number / jnp.maximum(config.stddev_decay * config.num_updates, 1), 1)
         change = config.stddev_finish - config.stddev_start
         return jnp.float32(config.stddev_start + change * decayed)
@@ -515,7 +516,7 @@ def make_train(config: Config):
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     # Flattened to one vector: fewer kernels to compile and to run.
     radam = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
-    # Actor and critics each have a norm of their own.
+    # Gradients of actor and critics are clipped separately.
     optimizer = optax.partition(
         {"actor": radam, "critics": radam}, {"actor": "actor", "critics": "critics"}
     )
@@ -577,8 +578,8 @@ def make_train(config: Config):
         return state, rollout, jax.tree.map(jnp.sum, sums)
 
     def targets(state, rollout):
-        """Lambda-returns [num_steps, num_envs] of SARSA: the next action, too, has its noise."""
-        # Where no episode ends, this is the action that was taken.
+        """SARSA(lambda) targets [num_steps, num_envs]; the next action includes its noise."""
+        # Within an episode, and but for the last row, this is the action taken next.
         next_action = jnp.clip(policy(state, rollout.next_obs) + rollout.next_noise, -1, 1)
         next_obs = normalize(rollout.next_obs, state.statistics, config.obs_clip)
         next_values = value(state.networks["critics"], next_obs, next_action)
@@ -592,7 +593,7 @@ def make_train(config: Config):
         return lambda_returns(*outcomes, config.gamma, config.td_lambda)
 
     def loss(networks, obs, action, old_action, target):
-        """The sum of the critics' losses, and the actor's, which passes them no gradient."""
+        """The critics' losses, summed, plus the actor's, whose gradient does not reach critics."""
         values = critics.apply(networks["critics"], obs, action)
         td_loss = optax.huber_loss(values, target).mean(axis=-1).sum()
         new_action = actor.apply(networks["actor"], obs)
@@ -609,6 +610,11 @@ def make_train(config: Config):
         }
 
     def learn(state, rollout, key):
+        rate = learning_rate(state.update)
+        obs = normalize(rollout.obs, state.statistics, config.obs_clip)
+        batch = obs, rollout.action, rollout.policy_action, targets(state, rollout)
+        batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
+
         def gradient_step(carry, index):
             networks, opt_state = carry
             minibatch = jax.tree.map(lambda x: x[index], batch)
@@ -619,10 +625,6 @@ def make_train(config: Config):
             losses |= {"losses/policy_grad_norm": optax.tree.norm(grads["actor"])}
             return (networks, opt_state), losses
 
-        rate = learning_rate(state.update)
-        obs = normalize(rollout.obs, state.statistics, config.obs_clip)
-        batch = obs, rollout.action, rollout.policy_action, targets(state, rollout)
-        batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
         # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()

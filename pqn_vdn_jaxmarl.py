@@ -2,9 +2,9 @@
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 arXiv 2407.04811; VDN: Sunehag et al., AAMAS 2018, arXiv 1706.05296; JaxMARL: Rutherford et al.,
-NeurIPS 2024, arXiv 2311.10090. Unlike in pqn_cartpole.py, one network acts for every agent, the sum
-of the agents' values is what learns, and a minibatch holds whole environments, for the GRU's sake.
-The metrics have the team's return and its win_rate (SMAX) or soups (Overcooked).
+NeurIPS 2024, arXiv 2311.10090. Unlike in pqn_cartpole.py, all agents share one network, the loss is
+on the sum of their values, and a minibatch holds whole environments, as the GRU runs over time. The
+metrics have the team's return, and win_rate (SMAX) or soups (Overcooked).
 
     python pqn_vdn_jaxmarl.py --env-id smax_3m      # trains, plots, saves; --help lists the flags
 
@@ -55,7 +55,9 @@ from tqdm import tqdm
 
 # --- Configuration --------------------------------------------------------------------------------
 
-# Published for PQN-VDN (PureJaxQL, JaxMARL); such runs are made for a GPU.
+# PureJaxQL's for SMAX and JaxMARL's for Overcooked, sized for a GPU. Unlike PureJaxQL: inputs have
+# batch renormalisation and hidden layers layer norm, and there is no window of 4 earlier steps.
+# Unlike JaxMARL: minibatches are whole environments; targets are recomputed in each of them.
 DEFAULTS = {
     "smax": {
         "total_timesteps": 10_000_000,
@@ -90,14 +92,17 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fields that are None take the default of the environment, from DEFAULTS."""
+    """Fields that are None take the environment's default, from DEFAULTS, when a Config is made.
+
+    For another environment make a new Config: dataclasses.replace keeps the old one's values.
+    """
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
     num_seeds: int = 1
     """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int | None = None
-    """Environment steps per seed, resets included. Default: 1e7 on SMAX, 5e6 on Overcooked."""
+    """Total environment steps per seed, with resets. Default: 1e7 on SMAX, 5e6 on Overcooked."""
 
     env_id: str = "smax_3m"
     """smax_<map>, such as smax_2s3z, or overcooked_<layout>, such as overcooked_coord_ring."""
@@ -119,7 +124,7 @@ class Config:
     epsilon_finish: float | None = None
     """Final exploration rate. Default: 0.01 on SMAX, 0.2 on Overcooked."""
     epsilon_decay: float | None = None
-    """Fraction of the run in which it decays linearly. Default: 0.1 on SMAX, 0.2 on Overcooked."""
+    """Fraction of the run with linear epsilon decay. Default: 0.1 on SMAX, 0.2 on Overcooked."""
     num_epochs: int = 4
     """Passes over each rollout."""
     num_minibatches: int = 16
@@ -129,9 +134,11 @@ class Config:
     reward_scale: float | None = None
     """Scale of training rewards, not of reported ones. Default: 10 on SMAX, 1 on Overcooked."""
     shaping_decay: float = 0.5
-    """Fraction of the run in which Overcooked's shaped rewards fade; returns are without them."""
+    """Fraction of the run over which Overcooked's shaped rewards decay to zero; 0 for none.
+
+    Reported returns exclude them."""
     mixer: Literal["vdn", "none"] = "vdn"
-    """vdn: the sum of the agents' values learns; none: each by itself (independent Q-learning)."""
+    """vdn: learn the sum of the agents' values; none: each alone (independent Q-learning)."""
     network: Literal["gru", "mlp", "cnn"] | None = None
     """cnn takes Overcooked's images only. Default: gru on SMAX, cnn on Overcooked."""
     norm_input: Literal["batch_renorm", "none"] | None = None
@@ -146,7 +153,9 @@ class Config:
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int | None = None
-    """Updates between greedy evaluations; 0 for none. Default: 20 on SMAX, 200 on Overcooked."""
+    """Updates between greedy evaluations (the last update always has one); 0 for none.
+
+    Default: 20 on SMAX, 200 on Overcooked."""
     eval_episodes: int = 128
     """Episodes per evaluation, each in its own environment."""
 
@@ -173,7 +182,7 @@ class Config:
     num_updates = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self):
-        """Fills in the environment's defaults, then checks as the other scripts do.
+        """Fills in the environment's defaults, then checks the values.
 
         Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32.
         """
@@ -344,7 +353,7 @@ def available_epsilon_greedy(key, q_values, available, epsilon) -> jax.Array:
 
 
 def team_values(values: jax.Array, mixer: str) -> jax.Array:
-    """The values that learn, from the agents' [..., num_agents].
+    """What the loss is on, from the agents' values [..., num_agents].
 
     vdn: their sum [..., 1] (VDN, equation 4); none: each by itself, unchanged.
     """
@@ -378,7 +387,7 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 class Observation(NamedTuple):
     """What the agents of a team see; every field is [num_agents, ...]."""
 
-    features: jax.Array  # a vector that ends with the agent's id, or an image; zeros of the dead
+    features: jax.Array  # a vector that ends with the agent's id, or an image; zeros if dead
     available: jax.Array  # [num_agents, num_actions]: which actions can be taken
     clear: jax.Array  # whether the agent begins an episode or is dead, and remembers nothing
 
@@ -404,7 +413,7 @@ def make_jaxmarl(env_id: str):
 
     maps = {f"smax_{name}": scenario for name, scenario in MAP_NAME_TO_SCENARIO.items()}
     layouts = {f"overcooked_{name}": layout for name, layout in overcooked_layouts.items()}
-    if env_id in maps:  # its other settings are those of the reference, too
+    if env_id in maps:  # its defaults are PureJaxQL's settings
         return jaxmarl.make("HeuristicEnemySMAX", scenario=maps[env_id])
     if env_id in layouts:
         return jaxmarl.make("overcooked", layout=layouts[env_id])
@@ -466,7 +475,7 @@ def make_env(env_id: str):
         episode |= {"win_rate": reward >= 1} if is_smax else {"soups": returns / 20}
         next_state = TeamState(env_state, returns, length, terminated | truncated)
         obs, next_state = jax.tree.map(
-            lambda new, old: jnp.where(running, old, new).astype(new.dtype),
+            lambda fresh, stepped: jnp.where(running, stepped, fresh).astype(fresh.dtype),
             reset(reset_key),
             (observe(obs, env_state, False), next_state),
         )
@@ -579,7 +588,7 @@ def make_train(config: Config):
         return state._replace(obs=obs, hidden=hidden, env_state=env_state), seen, rollout, info
 
     def loss(params, variables, hidden, obs, rollout):
-        """obs has a step more than rollout: where its last step led."""
+        """obs has num_steps + 1 rows; the last is where the rollout's last step led."""
         _, q, updated = apply(
             variables | {"params": params}, hidden, obs, train=True, mutable=["batch_stats"]
         )
@@ -592,8 +601,10 @@ def make_train(config: Config):
             terminated |= truncated
         reward, *ends = (x[..., None] for x in (rollout.reward, terminated, truncated))
         target = lambda_returns(reward, next_values, *ends, config.gamma, config.td_lambda)
-        counts = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
-        return 0.5 * jnp.square(values - target).mean(where=counts), (values.mean(), updated)
+        learned = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
+        count = jnp.maximum(learned.sum(), 1)  # a minibatch may hold nothing but resets
+        squares = jnp.square(values - target).sum(where=learned) / count
+        return 0.5 * squares, (values.sum(where=learned) / count, updated)
 
     def learn(state, hidden, obs, rollout, key):
         def gradient_step(carry, inputs):
@@ -623,7 +634,7 @@ def make_train(config: Config):
         """Mean return, and win_rate or soups, of eval_episodes greedy episodes."""
 
         def unfinished(carry):
-            # SMAX looks at the clock before it ticks: its episodes may have a step more.
+            # SMAX checks the limit before it counts the step: episodes last up to max_steps + 1.
             return (carry[0] <= env.max_steps) & ~carry[-1].all()
 
         def step(carry):
@@ -651,7 +662,7 @@ def make_train(config: Config):
         epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
         epsilon = jnp.float32(epsilon)
         shaping = 1 - number / jnp.maximum(config.shaping_decay * config.num_updates, 1)
-        shaping = jnp.maximum(shaping, 0).astype(jnp.float32)
+        shaping = (jnp.maximum(shaping, 0) * (config.shaping_decay > 0)).astype(jnp.float32)
 
         hidden = state.hidden
         state, obs, rollout, info = collect(state, epsilon, shaping, collect_key)

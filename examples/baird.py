@@ -156,7 +156,8 @@ def draw(table: pd.DataFrame) -> Figure:
             for _, line in own.groupby("seed"):
                 # A value that overflowed is drawn above the panel.
                 axes.plot(line.gradient_steps, line.value.fillna(np.inf).clip(1e-5, 1e30))
-            axes.axhline(bound, color="black", linestyle="--", linewidth=1)
+            if bound:
+                axes.axhline(bound, color="black", linestyle="--", linewidth=1)
             axes.set_title(variant, fontsize="medium")
             axes.set_xlabel("gradient steps")
     return figure

@@ -3,9 +3,9 @@
     python examples/evolve_value_loss.py --generations 60
 
 A small network of (value, target, old value) weighs the squared error in PPO's value loss. OpenAI's
-evolution strategy (evosax) changes its parameters, from weights of 1, to raise the return of short
-CartPole runs; the members of a generation have the same seeds. A run that was stopped continues:
-start it again with the same --out.
+evolution strategy (evosax) changes its parameters, starting from weights of 1, to raise the return
+of short CartPole runs; the members of a generation have the same seeds. An interrupted run
+continues when started again with the same flags and --out.
 
 Then come the controls, on seeds that were used for nothing else: the evolved loss against the
 squared error, against the squared error with its coefficient and the gradient clip tuned, and
@@ -147,9 +147,9 @@ def main(
     """Evolve, compare, and write <out>.csv, <out>_generations.csv and <out>.png.
 
     Args:
-        generations: Generations in all, with those before a stop.
+        generations: Total generations, counting those before an interruption.
         population: Members per generation, in mirrored pairs; even.
-        seeds_per_member: Training runs per member; others in each generation.
+        seeds_per_member: Training runs per member, on new seeds in each generation.
         hold_out_seeds: Training runs per loss in the comparison.
         stddev: Standard deviation of the members' parameters.
         learning_rate: Learning rate of Adam, for the mean of the members.
@@ -177,8 +177,8 @@ def main(
         optimizer=optax.adam(learning_rate),
         std_schedule=optax.constant_schedule(stddev),
     )
-    params, key = strategy.default_params, jax.random.key(0)
-    state, history = strategy.init(key, first, params), []
+    params, (init_key, key) = strategy.default_params, jax.random.split(jax.random.key(0))
+    state, history = strategy.init(init_key, first, params), []
     out.parent.mkdir(parents=True, exist_ok=True)
     saved = Path(f"{out}.msgpack")
     if saved.exists():

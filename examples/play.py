@@ -1,4 +1,4 @@
-"""Scores a trained policy over many greedy episodes, and draws one: play.py runs/<run>
+"""Scores a trained policy over many greedy episodes, and draws one.
 
     python examples/play.py runs/<run>
 
@@ -39,7 +39,7 @@ class Player(NamedTuple):
 
 
 def feed_forward_player(script, config, variables, num_envs: int) -> Player:
-    """Of the scripts for gymnax with discrete actions."""
+    """Player for the scripts for gymnax with discrete actions."""
     env, params = script.make_env(config if hasattr(script, "GAMES") else config.env_id)
     num_actions = env.action_space(params).n
     if "actor" in variables:
@@ -69,8 +69,9 @@ def feed_forward_player(script, config, variables, num_envs: int) -> Player:
 
 
 def recurrent_player(script, config, variables, num_envs: int) -> Player:
-    """Of pqn_rnn_craftax.py."""
-    config = dataclasses.replace(config, reset_ratio=1)
+    """Player for pqn_rnn_craftax.py."""
+    # Only first episodes count: later ones may share a world.
+    config = dataclasses.replace(config, reset_ratio=num_envs)
     reset, env_step, num_actions, _ = script.make_env(config, num_envs)
     network = script.QNetwork(num_actions, config)
     hidden = tuple(jnp.zeros((num_envs, config.hidden_size), jnp.float32) for _ in range(2))
@@ -94,7 +95,7 @@ def recurrent_player(script, config, variables, num_envs: int) -> Player:
 
 
 def continuous_player(script, config, variables, num_envs: int) -> Player:
-    """Of the scripts for continuous actions."""
+    """Player for the scripts for continuous actions."""
     env = script.make_env(config.env_id, config.backend)
     statistics = script.Statistics(**variables["statistics"])
     obs_clip = config.obs_clip
@@ -133,7 +134,7 @@ def continuous_player(script, config, variables, num_envs: int) -> Player:
 
 
 def team_player(script, config, variables, num_envs: int) -> Player:
-    """Of pqn_vdn_jaxmarl.py; returns are the team's."""
+    """Player for pqn_vdn_jaxmarl.py; returns are the team's."""
     env_reset, env_step, env = script.make_env(config.env_id)
     network = script.QNetwork(env.action_space(env.agents[0]).n, config)
     hidden = jnp.zeros((num_envs * env.num_agents, config.hidden_size), jnp.float32)
@@ -235,13 +236,15 @@ def score(player: Player, key: jax.Array, num_episodes: int) -> tuple[jax.Array,
     def step(carry):
         t, obs, start, memory, env_state, returns, lengths, finished = carry
         memory, action = player.act(memory, obs, start)
-        step_key = jax.random.fold_in(key, t)
-        obs, env_state, reward, ended = player.step(step_key, env_state, action)
+        obs, env_state, reward, ended = player.step(
+            jax.random.fold_in(steps_key, t), env_state, action
+        )
         returns, lengths = returns + reward * ~finished, lengths + ~finished
         return t + 1, obs, ended, memory, env_state, returns, lengths, finished | ended
 
+    reset_key, steps_key = jax.random.split(key)
     zeros, start = jnp.zeros(num_episodes, jnp.float32), jnp.ones(num_episodes, bool)
-    obs, env_state = player.reset(key)
+    obs, env_state = player.reset(reset_key)
     carry = 0, obs, start, player.memory, env_state, zeros, zeros.astype(jnp.int32), ~start
     return jax.lax.while_loop(lambda carry: ~carry[-1].all(), step, carry)[5:7]
 
@@ -249,13 +252,15 @@ def score(player: Player, key: jax.Array, num_episodes: int) -> tuple[jax.Array,
 def record(player: Player, key: jax.Array) -> list:
     """Key, state and action of every step of an episode, without the axis of environments."""
     step, act = jax.jit(player.step), jax.jit(player.act)
-    obs, env_state = jax.jit(player.reset)(key)
+    reset_key, steps_key = jax.random.split(key)
+    obs, env_state = jax.jit(player.reset)(reset_key)
     memory, start, steps = player.memory, jnp.ones(1, bool), []
     with tqdm(desc="playing", unit=" steps", disable=None) as bar:
         while not steps or not start[0]:
             memory, action = act(memory, obs, start)
-            step_key = jax.random.fold_in(key, len(steps))
-            steps.append((step_key, *jax.tree.map(lambda x: x[0], (env_state, action))))
+            step_key = jax.random.fold_in(steps_key, len(steps))
+            key_of_env = jax.random.split(step_key, 1)[0]  # as step splits it
+            steps.append((key_of_env, *jax.tree.map(lambda x: x[0], (env_state, action))))
             obs, env_state, _, start = step(step_key, env_state, action)
             bar.update()
     return steps

@@ -68,25 +68,24 @@ def train_all(program, values: np.ndarray, seeds: np.ndarray, agents_per_call: i
     return np.concatenate(results)[: len(seeds)]
 
 
-def draw(means: np.ndarray, names: list[str], grid: list[list[float]], title: str) -> Figure:
-    """A heat map of mean returns [values of the first field, values of the second]."""
+def draw(means: np.ndarray, names: list[str], grid: list[list[float]], metric: str) -> Figure:
+    """A heat map of the mean metric [values of the first field, values of the second]."""
     size = 2.5 + 0.8 * means.shape[1], 1.5 + 0.6 * means.shape[0]
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(xlabel=names[1], ylabel=names[0])
-    axes.set_title(title, fontsize="medium")
-    figure.colorbar(axes.imshow(means, aspect="auto", origin="lower"), label="return")
+    figure.colorbar(axes.imshow(means, aspect="auto", origin="lower"), label=metric)
     for set_ticks, values in ((axes.set_yticks, grid[0]), (axes.set_xticks, grid[1])):
         set_ticks(range(len(values)), [f"{value:g}" for value in values])
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for (row, column), mean in np.ndenumerate(means):
         color = "white" if mean < middle else "black"
-        axes.text(column, row, f"{mean:.0f}", ha="center", va="center", color=color)
+        axes.text(column, row, f"{mean:.3g}", ha="center", va="center", color=color)
     return figure
 
 
 def mean_and_error(returns: np.ndarray) -> str:
     """The mean over seeds [num_seeds] and its standard error."""
-    return f"{returns.mean():.1f} ± {returns.std(ddof=1) / len(returns) ** 0.5:.1f}"
+    return f"{returns.mean():.4g} ± {returns.std(ddof=1) / len(returns) ** 0.5:.2g}"
 
 
 def main(
@@ -105,7 +104,7 @@ def main(
         grid: Two fields of its Config with the values to try, as learning_rate=1e-4,1e-3.
         flags: Flags of the script for all agents, such as "--total-timesteps 1e5".
         num_seeds: Seeds per setting, the same for all; at least 2.
-        metric: Its mean over the last tenth of training ranks the settings.
+        metric: Column of the metrics; its mean over the last tenth of training ranks the settings.
         max_per_device: At most this many agents at once on a GPU or TPU.
         out: Where the table and the picture go, without suffix.
     """
@@ -136,7 +135,7 @@ def main(
 
     returns = returns.reshape(len(settings), num_seeds)
     means = returns.mean(axis=1)
-    draw(means.reshape(*map(len, values)), names, values, title).savefig(f"{out}.png", dpi=150)
+    draw(means.reshape(*map(len, values)), names, values, metric).savefig(f"{out}.png", dpi=150)
     ranking = np.argsort(np.nan_to_num(-means, nan=np.inf))
     for rank, index in enumerate(ranking[:10]):
         setting = ", ".join(f"{n}={v:g}" for n, v in zip(names, settings[index], strict=True))
@@ -150,9 +149,7 @@ def main(
     fresh = np.stack([settings[ranking[0]], default]).repeat(num_seeds, axis=0)
     again = train_all(program, fresh, np.tile(seeds + num_seeds, 2), agents_per_call)
     best, unchanged = again.reshape(2, num_seeds)
-    print(
-        f"on fresh seeds, the first: {mean_and_error(best)}, --flags: {mean_and_error(unchanged)}"
-    )
+    print(f"on fresh seeds: winner {mean_and_error(best)}, --flags {mean_and_error(unchanged)}")
     print(f"{out}.csv {out}.png")
 
 

@@ -42,10 +42,12 @@ def test_sweep(mesh, monkeypatch, tmp_path, capsys):
     _, metrics = jax.jit(ppo.make_train(own))(jax.random.key(int(agent["seed"])))
     last = np.nanmean(metrics["charts/episodic_return"][-config.num_updates // 10 :])
     np.testing.assert_allclose(agent["episodic_return"], last, rtol=0.05)
+    assert (table.episodic_return - last).abs().idxmin() == 7
 
     best = table.groupby(["learning_rate", "gae_lambda"]).episodic_return.mean().idxmax()
     printed = capsys.readouterr().out
     assert f" 1. learning_rate={best[0]:g}, gae_lambda={best[1]:g}: " in printed
+    assert "on fresh seeds: winner " in printed
     assert (tmp_path / "sweep.png").exists()
     with pytest.raises(SystemExit, match="num_envs is not a float field"):
         sweep.main("ppo_cartpole", ("num_envs=4,8", grid[1]))
@@ -89,6 +91,11 @@ def test_baird():
 def test_evolution(mesh, monkeypatch, tmp_path, capsys):
     """It raises the fitness, and a run that was stopped goes on as if it had not been."""
     evolve = importlib.import_module("evolve_value_loss")
+    run = evolve.over_agents(lambda x, seed: 10 * x[0] + seed, mesh)
+    returns = run(np.array([[1.0], [2.0]]), np.arange(3))
+    np.testing.assert_array_equal(returns, [[10, 11, 12], [20, 21, 22]])
+    assert evolve.last_quarter({"charts/episodic_return": jnp.arange(8.0)}) == 6.5
+
     monkeypatch.setattr(evolve, "start_devices", lambda: mesh)
     monkeypatch.setattr(
         evolve,
@@ -124,19 +131,29 @@ def test_evolved_loss_starts_as_the_squared_error():
     np.testing.assert_allclose(metrics["losses/value_loss"], 7)
 
 
-@pytest.mark.parametrize("name", ["ppo_cartpole", "pqn_continuous_action", "pqn_rnn_craftax"])
-def test_play(name, tmp_path, capsys):
-    """The score is about the run's own evaluation of the same parameters."""
+@pytest.mark.parametrize(
+    "name", ["ppo_cartpole", "pqn_continuous_action", "pqn_rnn_craftax", "pqn_vdn_jaxmarl"]
+)
+def test_play(name, monkeypatch, tmp_path, capsys):
+    """Its score is that of the run's own evaluation with the same parameters."""
     play, script = importlib.import_module("play"), importlib.import_module(name)
-    config = script.Config(**SCRIPTS[name] | {"eval_episodes": 64})
-    config = dataclasses.replace(config, total_timesteps=2 * config.steps_per_update)
+    record = play.record
+    monkeypatch.setattr(play, "record", lambda *args: record(*args)[:5])  # drawing takes time
+    changes = {"eval_episodes": 64, "total_timesteps": 64}
+    if name == "ppo_cartpole":  # long enough to be far from a random policy, which returns about 20
+        changes |= {"total_timesteps": 20_480, "num_steps": 64, "learning_rate": 3e-3}
+    if name == "pqn_vdn_jaxmarl":
+        importlib.import_module("teams").register(script)
+        changes |= {"env_id": "smax_skirmish"}
+    config = script.Config(**SCRIPTS[name] | changes)
     run = script.main(dataclasses.replace(config, runs_dir=str(tmp_path)))
+    own = pd.read_csv(run / "metrics.csv")["eval/episodic_return"].iloc[-1]
     capsys.readouterr()
     play.main(run, num_episodes=64, draw=name == "ppo_cartpole")
     printed = capsys.readouterr().out
     mean, spread = map(float, re.match(r"return (\S+) ± (\S+) ", printed).groups())
-    own = pd.read_csv(run / "metrics.csv")["eval/episodic_return"].iloc[-1]
     assert abs(mean - own) <= 4 * spread / 64**0.5 * 2**0.5 + 0.1
+    assert name != "ppo_cartpole" or own > 60
     assert (run / "policy.gif").exists() == (name == "ppo_cartpole")
 
 

@@ -71,6 +71,16 @@ def test_an_update_made_again(reduction, bootstrap, monkeypatch):
     def value(obs, action):
         return getattr(jnp, reduction)(critics.apply(networks["critics"], obs, action), axis=0)
 
+    running, sums = np.zeros(16), []
+    for reward, end in zip(rows.reward, rows.terminated | rows.truncated, strict=True):
+        running = config.gamma * running + reward
+        sums.append(running)
+        running = np.where(end, 0, running)
+    np.testing.assert_allclose(after.return_statistics.var, np.var(sums), rtol=1e-4)
+    seen = rows.obs.reshape(-1, 2)
+    assert after.statistics.count == 100 + len(seen)
+    expected = (100 * mean + seen.sum(axis=0)) / (100 + len(seen))
+    np.testing.assert_allclose(after.statistics.mean, expected, rtol=1e-4)
     scale = 0.5 / np.sqrt(after.return_statistics.var)
     np.testing.assert_allclose(rewards, scale * rows.reward, rtol=1e-5)
     np.testing.assert_array_equal(truncated, rows.truncated)

@@ -158,7 +158,8 @@ def slow_loss(config, state, number):
                     if ends:
                         break
                 squares.append((chosen[t, env, column] - mixed) ** 2)
-    return 0.5 * np.mean(squares), chosen.mean(), (terminated & ~is_reset).any(), is_reset.any()
+    mean = chosen[~is_reset].mean()
+    return 0.5 * np.mean(squares), mean, (terminated & ~is_reset).any(), is_reset.any()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,22 @@ def test_time_limit_of_smax(enemies, ends):
 
 
 def test_evaluation_is_greedy():
-    """It does not depend on the rate of exploration, and counts whole episodes."""
+    """It does not depend on the rate of exploration, on which training's returns do."""
+    sizes = ROLLOUTS | {"num_layers": 1, "eval_interval": 1, "env_id": "smax_short"}
+    sizes |= {"learning_rate": 0.0, "num_envs": 16}
+    base = vdn.Config(**sizes, network="mlp")
+
+    def returns(epsilon):
+        config = dataclasses.replace(base, epsilon_start=epsilon, epsilon_finish=epsilon)
+        _, metrics = vdn.make_train(config)(jax.random.key(0), num_updates=2)
+        return metrics["eval/episodic_return"], metrics["charts/episodic_return"]
+
+    evaluated, training = jax.jit(jax.vmap(returns))(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(*evaluated, rtol=1e-5)
+    assert (np.abs(training[0] - training[1]) > 0.01).all()
+
+
+def test_evaluation_counts_whole_episodes():
     sizes = ROLLOUTS | {"num_layers": 1, "eval_interval": 1, "env_id": "overcooked_shaped"}
     config = vdn.Config(**sizes | {"learning_rate": 0.0}, network="mlp")
     _, metrics = jax.jit(lambda key: vdn.make_train(config)(key, num_updates=2))(jax.random.key(0))

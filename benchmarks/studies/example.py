@@ -23,6 +23,7 @@ def main(program: tyro.conf.Positional[str], out: Path = common.OUT / "example")
         program: Its path from the root of the repository, and its flags.
         out: Where the files go, without suffix.
     """
+    out = out.resolve()
     command = [sys.executable, *shlex.split(program), "--out", str(out)]
     started, lines = time.monotonic(), []
     with subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True) as process:

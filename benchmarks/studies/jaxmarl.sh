@@ -36,7 +36,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/vdn_asymm_advantage
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "independent=pqn_vdn_jaxmarl --mixer none"
 
-# The reference at these sizes, its own batch normalisation and memory window aside.
+# The reference at these sizes, with its own batch normalisation and memory window.
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m_peer \
     --title "SMAX 3m" --metric eval/win_rate --num-seeds 3 --x steps seconds \
     --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 64 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 1e6 --eval-interval 24 --seed 1000" \

@@ -9,7 +9,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/pqnc_pendulum \
     --flags="--env-id Pendulum-v1 --num-envs 64 --num-minibatches 16 --num-critics 1 --actor-hidden-sizes 128 128 --critic-hidden-sizes 128 128 --learning-rate 3e-4 --gamma 0.97 --reward-scale 0.1 --eval-interval 25 --total-timesteps 5e5 --seed 1000" \
     --curve "PQN=pqn_continuous_action"
 
-# Steps such that each takes about as long.
+# Step counts such that each takes about as long.
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_ant \
     --title ant --num-seeds 3 --in-turns --x steps seconds \
     --flags="--env-id ant --eval-episodes 16" \
@@ -28,10 +28,10 @@ python benchmarks/studies/curves.py --out benchmarks/results/pqnc_halfcheetah \
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_cartpole_swingup \
     --title "dm_control, CartpoleSwingup" --num-seeds 3 --in-turns --x steps seconds \
     --flags="--env-id CartpoleSwingup --eval-episodes 16" \
-    --curve "PQN=pqn_continuous_action --num-envs 128 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 1e-3 --eval-interval 24 --total-timesteps 5e5" \
+    --curve "PQN=pqn_continuous_action --num-envs 128 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 1e-3 --eval-interval 12 --total-timesteps 5e5" \
     --curve "PQL=pql_isaac_style --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 600000 --reward-scale 0.1 --eval-interval 8 --total-timesteps 3e5" \
     --curve "PPO=ppo_continuous_action --num-envs 128 --num-steps 32 --num-minibatches 16 --initial-stddev 0.5 --eval-interval 24 --total-timesteps 5e5" \
-    --peer 'PureJaxQL=$PUREJAXQL_PLAYGROUND benchmarks/studies/peers/purejaxql_playground.py --env-id CartpoleSwingup --num-seeds 3 --total-timesteps 500000 --set NUM_ENVS=128 NUM_MINIBATCHES=16 ACTOR_HIDDEN_SIZES=[128,128] CRITIC_HIDDEN_SIZES=[256,128] LR_START=0.001 LR_END=0.000005 TEST_NUM_ENVS=128'
+    --peer 'PureJaxQL=$PUREJAXQL_PLAYGROUND benchmarks/studies/peers/purejaxql_playground.py --env-id CartpoleSwingup --num-seeds 3 --total-timesteps 500000 --set NUM_ENVS=128 NUM_MINIBATCHES=16 ACTOR_HIDDEN_SIZES=[128,128] CRITIC_HIDDEN_SIZES=[256,128] LR_START=0.001 LR_END=0.000005 TEST_NUM_ENVS=16'
 
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_reacher_hard \
     --title "dm_control, ReacherHard" --num-seeds 3 --in-turns --x steps seconds \
