@@ -357,15 +357,25 @@ def make_env(env_id: str, backend: str) -> Env:
         return Env(reset, step, obs_size, math.prod(space.shape), params.max_steps_in_episode)
 
     env, max_steps = make_physics(env_id, backend, tuple(gymnax.registered_envs))
+    shapes = jax.eval_shape(env.reset, jax.random.key(0))
+
+    def without_empty(state):  # dm_control has empty arrays, which orbax refuses to save
+        return jax.tree.map(lambda shape, x: x if shape.size else None, shapes, state)
+
+    def with_empty(state):
+        def fill(shape, x):
+            return x if shape.size else jnp.zeros(shape.shape, shape.dtype)
+
+        return jax.tree.map(fill, shapes, state)
 
     def reset(key):
         state = env.reset(key)
-        return state, state.obs.astype(jnp.float32)
+        return without_empty(state), state.obs.astype(jnp.float32)
 
     def step(key, state, action):
-        state = env.step(state, action)
+        state = env.step(with_empty(state), action)
         obs, reward = state.obs.astype(jnp.float32), jnp.float32(state.reward)
-        return state, obs, reward, state.done > 0, jnp.bool_(False)
+        return without_empty(state), obs, reward, state.done > 0, jnp.bool_(False)
 
     return Env(reset, step, env.observation_size, env.action_size, max_steps)
 
