@@ -5,6 +5,7 @@
 The program gets the same --out, so its table and picture lie beside the JSON file.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def main(program: tyro.conf.Positional[str], out: Path = common.OUT / "example")
         out: Where the files go, without suffix.
     """
     out = out.resolve()
-    command = [sys.executable, *shlex.split(program), "--out", str(out)]
+    of_root = os.path.relpath(out, common.ROOT)
+    command = [sys.executable, *shlex.split(program), "--out", of_root]
     started, lines = time.monotonic(), []
     with subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
