@@ -1,4 +1,4 @@
-"""Why PQN has layer normalisation: without it, off-policy TD without a target network diverges.
+"""Why PQN has layer normalisation: off-policy TD without a target network can diverge.
 
     python examples/baird.py
 

@@ -1,6 +1,7 @@
 """What PQL alone has: physics that fail, windows of several steps."""
 
 import dataclasses
+from typing import NamedTuple
 
 import gymnax
 import jax
@@ -282,3 +283,32 @@ def test_keys_in_the_states_of_physics(tmp_path, monkeypatch):
     assert (
         run_dir / "params.msgpack"
     ).read_bytes() == params  # written from the states that were loaded
+
+
+def test_states_of_physics_hold_no_empty_array(monkeypatch):
+    """MJX's do, and orbax refuses to save them: the environment gets them, the state has none."""
+
+    class State(NamedTuple):
+        obs: jax.Array
+        reward: jax.Array
+        done: jax.Array
+        empty: jax.Array
+
+    class Physics:
+        observation_size, action_size = 2, 1
+
+        def reset(self, key):
+            zero = jnp.float32(0)
+            return State(jax.random.normal(key, (2,)), zero, zero, jnp.zeros((0, 3), jnp.float32))
+
+        def step(self, state, action):
+            assert state.empty.shape == (0, 3) and state.empty.dtype == jnp.float32
+            return state._replace(obs=state.obs + action, reward=action[0])
+
+    monkeypatch.setattr(pql, "make_physics", lambda *_: (Physics(), 5))
+    env = pql.make_env("physics", "spring")
+    state = pql.reset_envs(env, jax.random.key(0), 4)
+    after, step, _ = pql.step_envs(env, jax.random.key(1), state, jnp.ones((4, 1)))
+    assert all(x.size for x in jax.tree.leaves((state, after)))
+    np.testing.assert_allclose(after.obs, state.obs + 1)
+    np.testing.assert_array_equal(step.reward, 1)
