@@ -105,8 +105,6 @@ class Config:
     """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates.
 
     The paper has 8 for ddpg_n and sac_n."""
-    sync_every: int = 1
-    """Steps of all environments between exchanges of parameters, statistics and transitions."""
     buffer_size: int = 5_000_000
     """Transitions in each seed's replay, on the device; saved in every checkpoint."""
     batch_size: int = 8192
@@ -183,12 +181,8 @@ class Config:
                     raise ValueError(f"{flag} is {value}; it takes a number from {low} to {high}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ValueError(f"--hidden-sizes is {self.hidden_sizes}; it takes positive integers")
-        if self.num_steps % self.sync_every:
-            steps = f"--num-steps {self.num_steps}"
-            raise ValueError(f"--sync-every is {self.sync_every}; it must divide {steps}")
-        minimum = self.n_steps - 1 + self.sync_every
-        if self.warmup_steps < minimum:
-            bound = f"--n-steps - 1 + --sync-every = {minimum}"
+        if self.warmup_steps < self.n_steps:
+            bound = f"--n-steps {self.n_steps}"
             raise ValueError(f"--warmup-steps is {self.warmup_steps}, less than {bound}")
         warmup = f"--num-envs {self.num_envs} * --warmup-steps {self.warmup_steps}"
         if self.buffer_size < self.warmup_timesteps:
@@ -202,7 +196,7 @@ class Config:
 # Lowest value, highest value, and the fields that they bound.
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps n_steps critic_updates"),
-    (1, 2**31 - 1, "policy_updates sync_every buffer_size batch_size warmup_steps eval_episodes"),
+    (1, 2**31 - 1, "policy_updates buffer_size batch_size warmup_steps eval_episodes"),
     (2, 2**31 - 1, "num_atoms"),
     (0, 2**31 - 1, "seed eval_interval"),
     (0, 1, "learning_rate alpha_learning_rate gamma"),
@@ -568,7 +562,7 @@ class TrainState(NamedTuple):
     v_learner: VLearner
     p_learner: PLearner
     replay: Transition  # [buffer_size // num_envs, num_envs, ...]
-    fresh: Transition  # [sync_every, num_envs, ...], not yet in the replay
+    fresh: Transition  # [1, num_envs, ...], not yet in the replay
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
@@ -597,16 +591,13 @@ def make_train(config: Config):
     bounds = -config.value_bound, config.value_bound
     support = jnp.linspace(*bounds, config.num_atoms, dtype=jnp.float32)
     num_rows = config.buffer_size // config.num_envs
-    num_cycles = config.num_steps // config.sync_every
-    critic_steps = config.sync_every * config.critic_updates
-    policy_steps = config.sync_every * config.policy_updates
     # Replay rows before the first cycle: the windows of the last n_steps - 1 warm-up steps are
-    # incomplete, and sync_every transitions are in fresh. By default 32 - 2 - 1 = 29 rows.
-    rows_before = config.warmup_steps - config.n_steps + 1 - config.sync_every
+    # incomplete, and one row is in fresh. By default 32 - 2 - 1 = 29 rows.
+    rows_before = config.warmup_steps - config.n_steps
 
     def learning_rate(number, cycle):
         """The rate in a cycle of an update; if annealed, it stays zero after the run."""
-        progress = (number + cycle / num_cycles) / config.num_updates
+        progress = (number + cycle / config.num_steps) / config.num_updates
         remaining = 1 - config.anneal_lr * jnp.minimum(progress, 1)
         return (config.learning_rate * remaining).astype(jnp.float32)
 
@@ -619,7 +610,7 @@ def make_train(config: Config):
         return optax.apply_updates(params, optax.tree.scale(-rate, updates)), opt_state
 
     def init(key):
-        """The state after warm-up; its last transitions are in fresh, not yet in the replay."""
+        """The state after warm-up; its last row of transitions is in fresh."""
         key, policy_key, critic_key, reset_key, warmup_key = jax.random.split(key, 5)
         env_state = reset_envs(env, reset_key, config.num_envs)
         obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
@@ -761,24 +752,26 @@ def make_train(config: Config):
 
     def parallel_cycle(state, filled, keys, rate):
         """Actor, V-learner and P-learner all start from the state: none waits for another."""
-        actor, fresh, sums = act(state, keys[0], config.sync_every)
-        v_learner, v_losses = learn_values(state, filled, keys[1], rate, critic_steps)
-        p_learner, p_losses = learn_policy(state, filled, keys[2], rate, policy_steps)
+        actor, fresh, sums = act(state, keys[0], num_steps=1)
+        v_learner, v_losses = learn_values(state, filled, keys[1], rate, config.critic_updates)
+        p_learner, p_losses = learn_policy(state, filled, keys[2], rate, config.policy_updates)
         state = state._replace(actor=actor, v_learner=v_learner, p_learner=p_learner, fresh=fresh)
         return state, (v_losses | p_losses, sums)
 
     def sequential_cycle(state, filled, keys, rate):
         """Rounds of critic and policy updates, then environment steps, each with the latest."""
-        rounds = math.gcd(critic_steps, policy_steps)
+        rounds = math.gcd(config.critic_updates, config.policy_updates)
+        critic_steps = config.critic_updates // rounds
+        policy_steps = config.policy_updates // rounds
 
         def learn(state, keys):
-            learner, v_losses = learn_values(state, filled, keys[0], rate, critic_steps // rounds)
+            learner, v_losses = learn_values(state, filled, keys[0], rate, critic_steps)
             state = state._replace(v_learner=learner)
-            learner, p_losses = learn_policy(state, filled, keys[1], rate, policy_steps // rounds)
+            learner, p_losses = learn_policy(state, filled, keys[1], rate, policy_steps)
             return state._replace(p_learner=learner), v_losses | p_losses
 
         state, losses = jax.lax.scan(learn, state, jax.random.split(keys[1], (rounds, 2)))
-        actor, fresh, sums = act(state, keys[0], config.sync_every)
+        actor, fresh, sums = act(state, keys[0], num_steps=1)
         return state._replace(actor=actor, fresh=fresh), (losses, sums)
 
     def evaluate(state, key):
@@ -796,17 +789,16 @@ def make_train(config: Config):
         """num_steps steps of all environments and their gradient steps."""
 
         def cycle(state, inputs):
-            first_row, keys, rate = inputs
-            rows = first_row + jnp.arange(config.sync_every)
+            row, keys, rate = inputs
             # Write before reading: the other way round, XLA would copy the whole replay.
-            state = state._replace(replay=replay_insert(state.replay, rows, state.fresh))
-            return one_cycle(state, jnp.minimum(rows[-1] + 1, num_rows), keys, rate)
+            state = state._replace(replay=replay_insert(state.replay, row[None], state.fresh))
+            return one_cycle(state, jnp.minimum(row + 1, num_rows), keys, rate)
 
-        cycles = jnp.arange(num_cycles, dtype=jnp.int32)
-        first_rows = rows_before + number * config.num_steps + config.sync_every * cycles
+        cycles = jnp.arange(config.num_steps, dtype=jnp.int32)
+        rows = rows_before + number * config.num_steps + cycles
         cycle_key, eval_key = jax.random.split(jax.random.fold_in(state.key, number))
-        keys = jax.random.split(cycle_key, (num_cycles, 3))
-        inputs = first_rows, keys, learning_rate(number, cycles)
+        keys = jax.random.split(cycle_key, (config.num_steps, 3))
+        inputs = rows, keys, learning_rate(number, cycles)
         state, (losses, sums) = jax.lax.scan(cycle, state, inputs)
 
         sums = jax.tree.map(jnp.sum, sums)

@@ -9,7 +9,7 @@ from conftest import SCRIPTS, flags, having
 BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes"
     " num-layers eval-episodes num-channels total-timesteps buffer-size batch-size target-interval"
-    " critic-updates policy-updates n-steps sync-every reset-ratio eval-steps tau obs-clip"
+    " critic-updates policy-updates n-steps reset-ratio eval-steps tau obs-clip"
     " num-critics actor-hidden-sizes critic-hidden-sizes",
     "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts"
     " hidden-sizes stddev-max max-steps-in-episode",
@@ -22,7 +22,7 @@ BAD = {
     "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size"
     " algorithm backend critic-reduction",
     "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps",
-    "3e9": "total-timesteps", "1e9": "num-envs", "3": "num-minibatches buffer-size sync-every",
+    "3e9": "total-timesteps", "1e9": "num-envs", "3": "num-minibatches buffer-size",
     "64": "num-minibatches", "": "env-id gamma", "1": "num-atoms", "2": "warmup-steps",
     "LayerNorm": "norm", "nowhere": "resume", ".": "resume", "99999999999": "seed",
 }  # fmt: skip

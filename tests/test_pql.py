@@ -74,8 +74,8 @@ for env in (Count, Failing, Plain, Unbounded):
 @pytest.mark.parametrize(
     "env_id, bootstrap, settings",
     [
-        ("Count", True, {"sync_every": 4}),
-        ("Failing", True, {"algorithm": "ddpg_n", "n_steps": 4, "sync_every": 2}),
+        ("Count", True, {}),
+        ("Failing", True, {"algorithm": "ddpg_n", "n_steps": 4}),
         ("Failing", False, {"n_steps": 1}),
     ],
 )
@@ -90,7 +90,7 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
     config = dataclasses.replace(TINY, env_id=env_id, eval_interval=0, **settings)
     state, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
     steps = config.warmup_steps + config.num_updates * config.num_steps
-    num_rows = steps - (config.n_steps - 1) - config.sync_every  # the last ones are on their way
+    num_rows = steps - config.n_steps  # the last one is on its way
     replay = jax.tree.map(lambda x: np.asarray(x[:num_rows]), state.replay)
     assert not state.replay.obs[num_rows:].any() and not state.replay.reward[num_rows:].any()
     ends = {0: 5, 1: 3, 2: 4}
@@ -188,11 +188,11 @@ def test_samples_come_from_the_rows_that_are_filled(monkeypatch):
         return batch._replace(reward=num_rows * ones, discount=0 * ones)
 
     monkeypatch.setattr(pql, "replay_sample", number_of_rows)
-    settings = {"learning_rate": 0.0, "eval_interval": 0, "buffer_size": 200, "sync_every": 2}
+    settings = {"learning_rate": 0.0, "eval_interval": 0, "buffer_size": 200}
     config = dataclasses.replace(TINY, **settings)
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
-    # 8 steps of warm-up give 6 rows; four cycles an update read all but those of the last 2 steps.
-    rows = np.minimum(6 + 2 * np.arange(4 * 12), 50).reshape(12, 4)
+    # 8 steps of warm-up give 6 rows; eight cycles an update read all but that of the last step.
+    rows = np.minimum(6 + np.arange(8 * 12), 50).reshape(12, 8)
     q_values = np.asarray(metrics["losses/q_values"])[:, None]
     expected = 2 * np.mean((rows - q_values) ** 2, axis=1)
     np.testing.assert_allclose(metrics["losses/td_loss"], expected, rtol=0.01)
@@ -211,9 +211,7 @@ def test_evaluation_does_not_explore():
 
 def test_within_a_cycle_none_reads_what_another_writes():
     """The policy updates are the same whatever the critic learns meanwhile, and vice versa."""
-    config = dataclasses.replace(
-        TINY, num_steps=2, sync_every=2, total_timesteps=20 * 32, eval_interval=0
-    )
+    config = dataclasses.replace(TINY, num_steps=1, total_timesteps=20 * 32, eval_interval=0)
 
     def one_cycle(**settings):
         train = pql.make_train(dataclasses.replace(config, **settings))

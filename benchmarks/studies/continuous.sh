@@ -63,7 +63,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_num_envs \
 
 # Stand-ins for the paper's six tasks of Isaac Gym, of which the last two need MuJoCo Playground.
 python benchmarks/studies/curves.py --out benchmarks/results/pql_stand_ins \
-    --title "stand-ins for Isaac Gym" --num-seeds 1 \
+    --title "stand-ins for Isaac Gym" --num-seeds 1 --x \
     --flags="--num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 2 --eval-episodes 16 --total-timesteps 4e4" \
     --curve "ant=pql_isaac_style --env-id ant" \
     --curve "humanoid=pql_isaac_style --env-id humanoid" \

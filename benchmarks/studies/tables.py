@@ -116,7 +116,7 @@ def seconds(name: str) -> str:
 
 
 def speeds_of_curves(name: str) -> str:
-    """Steps per second and returns of curves that do not compare, such as of different tasks."""
+    """Steps per second and returns of curves of different tasks, which do not compare."""
     studies = find(name)
     if not studies:
         return NOT_RUN
@@ -127,7 +127,7 @@ def speeds_of_curves(name: str) -> str:
         cells += [f"{curve['global_step'][-1]:,}", number(line[0]), number(line[-1])]
         rows.append([label, *cells])
     head = ["curve", "steps/s", "compile, s", "environment steps", "first return", "last return"]
-    return markdown(head, rows)
+    return "\n\n".join([markdown(head, rows), devices(studies), commands(studies)])
 
 
 def achievements(name: str) -> str:
@@ -150,9 +150,10 @@ def images(names) -> str:
     cells = []
     for name, study in names.items():
         suffixes = [f"_{over}" if i else "" for i, over in enumerate(study.get("x", ["steps"]))]
-        cells += [f"![{name}](results/{name}{suffix}.png)" for suffix in suffixes]
-    if len(cells) == 1:
-        return cells[0]
+        files = [f"{name}{suffix}.png" for suffix in suffixes]
+        cells += [f"![{name}](results/{x})" for x in files if (common.RESULTS / x).exists()]
+    if len(cells) <= 1:
+        return "".join(cells)
     rows = itertools.zip_longest(cells[::2], cells[1::2], fillvalue="")
     return "\n".join(["| | |", "|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -205,11 +206,11 @@ def study(names: str) -> str:
     makers = {"curves": returns, "rows": throughputs, "timings": speeds, "printed": printed}
     kind = next(kind for kind in makers if kind in first)
     make_table = makers[kind]
-    parts = [make_table(studies)] + [images(studies)] * (kind != "timings")
-    parts += [devices(studies), commands(studies)]
+    pictures_of = images(studies) if kind != "timings" else ""
+    parts = [make_table(studies), pictures_of, devices(studies), commands(studies)]
     if missing:
         parts.append(f"*Not run yet: {', '.join(missing)}.*")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def wall_clock(_: str) -> str:
