@@ -52,7 +52,7 @@ def test_results_are_of_the_files():
         assert (tables.RESULTS_MD.parent / path).exists(), path
         assert not section or section in sections, section
     named = {
-        name for names in re.findall(r"<!-- study (.*?) -->", template) for name in names.split()
+        name for names in re.findall(r"<!-- \w+ (.*?) -->", template) for name in names.split()
     }
     files = common.RESULTS.rglob("*.json")
     assert {str(path.relative_to(common.RESULTS).with_suffix("")) for path in files} <= named

@@ -100,6 +100,7 @@ def seconds(name: str) -> str:
     if not studies:
         return NOT_RUN
     curves, rows = studies[name]["curves"], []
+    metric = studies[name]["metric"]
     whole = all("run_seconds" in curve for curve in curves.values())
     times = {
         label: pictures.x_values(curve, "seconds" if whole else "seconds of a seed")
@@ -110,9 +111,10 @@ def seconds(name: str) -> str:
         line, *_ = pictures.summary(curve)
         steps, reached = (np.interp(end, times[label], y) for y in (curve["global_step"], line))
         cells = [f"{curve['steps_per_second']:,.0f}", f"{curve['compile_seconds']:.0f}"]
-        rows.append([label, *cells, f"{end:.0f}", f"{steps:,.0f}", f"{reached:,.0f}"])
-    head = ["curve", "steps/s", "compile, s", "after, s", "environment steps", "return"]
-    return markdown(head, rows)
+        rows.append([label, *cells, f"{end:.0f}", f"{steps:,.0f}"])
+        rows[-1].append(number(reached, 3 if "rate" in metric else 0))
+    head = ["curve", "steps/s", "compile, s", "after, s", "environment steps"]
+    return markdown([*head, "win rate" if "rate" in metric else "return"], rows)
 
 
 def speeds_of_curves(name: str) -> str:
