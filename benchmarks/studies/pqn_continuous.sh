@@ -33,6 +33,10 @@ python benchmarks/studies/curves.py --out benchmarks/results/pqnc_cartpole_swing
     --curve "PPO=ppo_continuous_action --num-envs 128 --num-steps 32 --num-minibatches 16 --initial-stddev 0.5 --eval-interval 24 --total-timesteps 5e5" \
     --peer 'PureJaxQL=$PUREJAXQL_PLAYGROUND benchmarks/studies/peers/purejaxql_playground.py --env-id CartpoleSwingup --num-seeds 3 --total-timesteps 500000 --set NUM_ENVS=128 NUM_MINIBATCHES=16 ACTOR_HIDDEN_SIZES=[128,128] CRITIC_HIDDEN_SIZES=[256,128] LR_START=0.001 LR_END=0.000005 TEST_NUM_ENVS=16'
 
+python benchmarks/studies/speed.py pqn_continuous_action --out benchmarks/results/pqnc_speed \
+    --flags="--env-id CartpoleSwingup --num-envs 128 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 1e-3 --eval-interval 0 --total-timesteps 2e5" \
+    --peer 'PureJaxQL=$PUREJAXQL_PLAYGROUND benchmarks/studies/peers/purejaxql_playground.py --env-id CartpoleSwingup --total-timesteps 200000 --set NUM_ENVS=128 NUM_MINIBATCHES=16 ACTOR_HIDDEN_SIZES=[128,128] CRITIC_HIDDEN_SIZES=[256,128] LR_START=0.001 LR_END=0.000005 TEST_DURING_TRAINING=False'
+
 python benchmarks/studies/curves.py --out benchmarks/results/pqnc_reacher_hard \
     --title "dm_control, ReacherHard" --num-seeds 3 --in-turns --x steps seconds \
     --flags="--env-id ReacherHard --eval-episodes 16" \

@@ -47,14 +47,14 @@ results = jax.block_until_ready(train(keys))
 seconds = time.perf_counter() - compiled
 metrics = results["metrics"]
 steps = np.asarray(metrics["env_step"])[0]
-interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
-evaluated = slice(interval - 1, None, interval)
-returns = np.asarray(metrics["test/returned_episode_returns"])[:, evaluated]
 result = {
     "compile_seconds": compiled - start,
     "run_seconds": seconds,
     "steps_per_second": args.num_seeds * int(steps[-1]) / seconds,
-    "global_step": steps[evaluated].tolist(),
-    "returns": returns.tolist(),
 }
+if config["TEST_DURING_TRAINING"]:
+    interval = int(config["NUM_UPDATES"] * config["TEST_INTERVAL"])
+    evaluated = slice(interval - 1, None, interval)
+    returns = np.asarray(metrics["test/returned_episode_returns"])[:, evaluated]
+    result |= {"global_step": steps[evaluated].tolist(), "returns": returns.tolist()}
 print(json.dumps(result))
