@@ -737,7 +737,7 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
     metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
-    packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "jaxmarl", "numpy")
+    packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "jaxmarl", "ale_py", "numpy")
     metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
     times = "{run_seconds:.1f} s plus {compile_seconds:.1f} s of compilation".format(**metadata)

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {
     "pqn_cartpole": "#0072B2",
     "pqn_minatar": "#56B4E9",
+    "pqn_atari": "#882255",
     "pqn_rnn_craftax": "#003F6B",
     "pqn_vdn_jaxmarl": "#CC79A7",
     "dqn_cartpole": "#E69F00",

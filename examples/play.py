@@ -3,8 +3,8 @@
     python examples/play.py runs/<run>
 
 The run may be one of any script. The episode is drawn as policy.gif for gymnax's classic control,
-MinAtar, Catch and mazes, for Craftax and for JaxMARL (slowly for SMAX; Overcooked needs imageio);
-as policy.html for brax, to open in a browser.
+MinAtar, Catch and mazes, for Atari, for Craftax and for JaxMARL (slowly for SMAX; Overcooked needs
+imageio); as policy.html for brax, to open in a browser.
 """
 
 import dataclasses
@@ -64,6 +64,30 @@ def feed_forward_player(script, config, variables, num_envs: int) -> Player:
 
     def draw(steps, folder):
         return draw_gymnax(config.env_id, [env_state for _, env_state, _ in steps], folder)
+
+    return Player(reset, step, act, None, draw)
+
+
+def atari_player(script, config, variables, num_envs: int) -> Player:
+    """Player for pqn_atari.py; games end at the evaluation's limit."""
+    limit = min(config.max_frames_in_episode, config.eval_steps * config.frame_skip)
+    config = dataclasses.replace(config, max_frames_in_episode=limit)
+    reset_games, step_games, handle, num_actions = script.make_env(config, num_envs, False)
+    network = script.QNetwork(num_actions, config)
+
+    def reset(key):
+        games = reset_games(handle, key)
+        return games.obs, games
+
+    def step(key, games, action):
+        games, (reward, terminated, truncated, *_) = step_games(games, action)
+        return games.obs, games, reward, terminated | truncated
+
+    def act(memory, obs, start):
+        return memory, network.apply(variables, obs).argmax(-1).astype(jnp.int32)
+
+    def draw(steps, folder):
+        return draw_atari([games.obs[-1] for _, games, _ in steps], folder)
 
     return Player(reset, step, act, None, draw)
 
@@ -200,6 +224,16 @@ def draw_craftax(env_id: str, env_states: list, folder: Path) -> Path:
     return path
 
 
+def draw_atari(screens: list, folder: Path) -> Path:
+    """policy.gif, as the network sees the game."""
+    from PIL import Image
+
+    frames = [Image.fromarray(np.asarray(screen)).resize((336, 336)) for screen in screens]
+    path = folder / "policy.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=70, loop=0)
+    return path
+
+
 def draw_brax(config, env_states: list, folder: Path) -> Path:
     """policy.html, by brax."""
     from brax import envs
@@ -285,6 +319,7 @@ def main(
         "make_physics": continuous_player,
         "make_craftax": recurrent_player,
         "make_jaxmarl": team_player,
+        "Games": atari_player,
         "make_env": feed_forward_player,
     }
     make = next(make for name, make in makers.items() if hasattr(script, name))

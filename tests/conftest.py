@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -41,10 +42,16 @@ SCRIPTS = {
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
     "pqn_rnn_craftax": ROLLOUTS | {"num_layers": 1, "env_id": "MemoryChain-bsuite"},
     "pqn_vdn_jaxmarl": ROLLOUTS | {"num_layers": 1, "env_id": "smax_3m"},
+    "pqn_atari": ROLLOUTS | {"num_channels": 2, "eval_steps": 4, "epsilon_finish": 0.05},
     "pql_isaac_style": SIZES
     | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
     | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},
 }
+
+if importlib.util.find_spec("ale_py") is None:  # requirements-atari.txt
+    del SCRIPTS["pqn_atari"]
+# The scripts of pure functions; pqn_atari calls emulators: one seed, and no exact --resume.
+PURE = [name for name in SCRIPTS if name != "pqn_atari"]
 
 
 def warmup(script: str) -> int:
@@ -114,7 +121,7 @@ def config(script):
 def floats(config) -> set[str]:
     """The hyperparameters that may be traced: floats, also those with a default by environment."""
     names = {x.name for x in dataclasses.fields(config) if x.type in (float, float | None)}
-    return names - {"checkpoint_interval", "sticky_action_prob"}
+    return names - {"checkpoint_interval", "sticky_action_prob", "repeat_action_probability"}
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -10,14 +10,15 @@ BAD = {
     "0": "num-seeds num-envs num-steps num-epochs num-minibatches hidden-size hidden-sizes"
     " num-layers eval-episodes num-channels total-timesteps buffer-size batch-size target-interval"
     " critic-updates policy-updates n-steps reset-ratio eval-steps tau obs-clip"
-    " num-critics actor-hidden-sizes critic-hidden-sizes",
+    " num-critics actor-hidden-sizes critic-hidden-sizes frame-skip max-frames-in-episode",
     "-1": "seed num-envs eval-interval learning-rate gamma max-grad-norm learning-starts"
-    " hidden-sizes stddev-max max-steps-in-episode",
+    " hidden-sizes stddev-max max-steps-in-episode noop-max",
     "-0.5": "td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay reward-scale clip-coef"
     " ent-coef vf-coef tau sticky-action-prob alpha-learning-rate value-bound forget-bias"
-    " stddev-start stddev-finish stddev-decay penalty-threshold penalty-coef",
+    " stddev-start stddev-finish stddev-decay penalty-threshold penalty-coef"
+    " repeat-action-probability",
     "1.5": "gamma td-lambda gae-lambda epsilon-start epsilon-finish epsilon-decay clip-coef tau"
-    " sticky-action-prob stddev-decay",
+    " sticky-action-prob stddev-decay repeat-action-probability",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
     "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size"
     " algorithm backend critic-reduction",

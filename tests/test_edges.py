@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, WELL, only
+from conftest import PURE, ROOT, SCRIPTS, WELL, only
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -113,6 +113,7 @@ BILLIONS = {
 }
 
 
+@pytest.mark.parametrize("script", PURE, indirect=True)
 def test_two_billion_steps(script, config, games):
     """Near the end of the longest run that is accepted, counters, rates and lengths are right."""
     sizes = BILLIONS[script.__name__] | {"total_timesteps": 2**31 - 1, "eval_interval": 0}

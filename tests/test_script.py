@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, only, warmup
+from conftest import PURE, ROOT, SCRIPTS, only, warmup
 from conftest import flags as tiny_flags
 from flax import serialization
 
@@ -93,6 +93,7 @@ def wandb_history(path):
 PROGRAMS = ["pqn_cartpole", "dqn_cartpole", "pqn_rnn_craftax", "pql_isaac_style"]
 
 
+@pytest.mark.parametrize("command", PURE, indirect=True)
 def test_journey(command, monkeypatch):
     """Run, kill, resume: the files of a run that was left alone, and wandb has what they have."""
     cache = command.folder / "cache"
