@@ -18,7 +18,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m_mixer \
     --curve "independent=pqn_vdn_jaxmarl --mixer none"
 
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_2s3z \
-    --title "SMAX 2s3z" --metric eval/win_rate --num-seeds 5 \
+    --title "SMAX 2s3z" --metric eval/win_rate --num-seeds 3 \
     --flags="--env-id smax_2s3z --num-envs 64 --num-steps 32 --hidden-size 128 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 2e6 --eval-interval 81 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl"
 
