@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 python benchmarks/studies/curves.py --out benchmarks/results/atari_road_runner \
-    --title "Road Runner" --num-seeds 1 --in-turns \
+    --title "Road Runner" --num-seeds 1 --metric charts/episodic_return \
     --flags="--env-id road_runner --num-envs 16 --num-minibatches 16 --total-timesteps 4e5 --eval-interval 78" \
-    --curve "PQN=pqn_atari"
+    --curve "seed 0=pqn_atari" \
+    --curve "seed 1=pqn_atari --seed 1"
 
 # The reference with an envpool of today; its convolutions are slow inside a scan on a CPU.
 python benchmarks/studies/speed.py pqn_atari --out benchmarks/results/atari_speed --repeats 2 \
