@@ -2,7 +2,8 @@
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 arXiv 2407.04811; the network: Mnih et al., 2015, doi 10.1038/nature14236. The algorithm is the same
-as in pqn_minatar.py, but the emulators run on the CPU, called from inside the compiled program.
+as in pqn_minatar.py, but the emulators run on the CPU, called from inside the compiled program, be
+it on a CPU or on an NVIDIA GPU.
 Their state is outside JAX, so one process trains one seed, and a resumed run starts new games.
 ale-py is licensed under the GPL, version 2.
 
@@ -46,7 +47,7 @@ import optax
 import orbax.checkpoint as ocp
 import pandas as pd
 import tyro
-from ale_py import roms
+from ale_py import ALEInterface, roms
 from ale_py.vector_env import AtariVectorEnv
 from flax import serialization
 from flax.linen.initializers import he_normal, zeros_init
@@ -76,9 +77,10 @@ class Config:
     full_action_space: bool = False
     """Use all 18 actions, as in Machado et al., 2018, instead of those that the game uses."""
     episodic_life: bool = True
-    """Treat the loss of a life as terminal in training; the game goes on."""
+    """Treat the loss of a life as terminal in training; the game goes on. (With envpool, which the
+    paper uses, no-ops and FIRE follow: here, the agent itself has to fire for the next ball.)"""
     noop_max: int = 30
-    """A game starts after fewer frames than this without an action."""
+    """A game starts after fewer frames than this without an action, and FIRE where it is needed."""
     frame_skip: int = 4
     """Frames per step, with the same action."""
     max_frames_in_episode: int = 108_000
@@ -132,7 +134,7 @@ class Config:
     checkpoint_interval: float = 60.0
     """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Train on several hosts, as started by Slurm, Open MPI, Kubernetes or a TPU pod."""
+    """Of no use here: it needs a seed for each host, and a process trains one."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pqn"
@@ -310,9 +312,11 @@ def make_env(config: Config, num_envs: int, episodic_life: bool):
     Also returns the handle of the emulators and the number of actions. outcome is the reward, if
     the step ended an episode (terminated, truncated), if there was a step at all, and info. In
     ale-py, the step after a game's end ignores the action: it starts the next game. So games.obs is
-    where a step led even at a game's end. Raises ValueError for an unknown game.
+    where a step led even at a game's end (but for its very last frame, which ale-py leaves out).
+    Raises ValueError for an unknown game.
     """
-    games = roms.get_all_rom_ids()
+    # Of other games, ale-py would end the process.
+    games = [x for x in roms.get_all_rom_ids() if ALEInterface.isSupportedROM(roms.get_rom_path(x))]
     if config.env_id not in games:
         close = difflib.get_close_matches(config.env_id.lower(), games, n=5, cutoff=0.5)
         names = f"such as {', '.join(close or ['pong', 'breakout', 'ms_pacman'])}"
@@ -395,9 +399,10 @@ def make_train(config: Config):
     train starts from train.init(key) or continues from a state, for config.num_updates by default.
     metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no game
     ended, and eval/* for updates without an evaluation. train can be jitted, but not vmapped over
-    keys. The emulators are those of this call of make_train, outside the state: only the last state
-    continues their games, train.init(key) starts new ones, and a state from a checkpoint needs
-    new games: state._replace(games=new.games, eval_handle=new.eval_handle), new = train.init(key).
+    keys. The emulators are those of this call of make_train, outside the state, and kept until the
+    process ends, about 1 MiB each: only the last state continues their games, train.init(key)
+    starts new ones, and a state from a checkpoint needs new games:
+    state._replace(games=new.games, eval_handle=new.eval_handle), new = train.init(key).
     Raises ValueError for an unknown game.
     """
     env_reset, env_step, env_handle, num_actions = make_env(
@@ -617,14 +622,14 @@ def start_devices(config: Config) -> Mesh:
 
 
 def make_programs(config: Config, train, mesh: Mesh):
-    """Jitted init(0, seeds) -> states, run_chunk(update, states) -> (states, metrics)."""
+    """Jitted init(update, seeds) -> states, run_chunk(update, states) -> (states, metrics)."""
     # Equal chunks of one update or up to 8,192 steps, so that one program runs them all.
     max_chunk = max(1, 2**13 // (config.steps_per_update * config.num_seeds))
     chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
     sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
 
     def init(update, seed):
-        return train.init(jax.random.key(seed))
+        return train.init(jax.random.key(seed + update))  # a resumed run starts other games
 
     def run_chunk(update, state):
         return train(state=state._replace(update=update), num_updates=chunk_size)
@@ -856,7 +861,7 @@ def main(config: Config) -> Path:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
         if not is_new:
-            states, seconds = restore(checkpoints, update, init(0, seeds))
+            states, seconds = restore(checkpoints, update, init(update, seeds))
         columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
         recorder = Recorder(config, run_dir, columns, update) if is_first_host else None
     except (OSError, RuntimeError, ValueError) as error:

@@ -77,13 +77,13 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def start_devices(num_seeds: int, batch_size: int) -> int:
+def start_devices(num_seeds: int, is_threaded: bool) -> int:
     """Number of devices for the seeds; a CPU is divided into several before JAX starts."""
     import jax  # only now, as it takes its number of threads from the environment when it starts
 
     cores = count_cores()
     on_cores = max(n for n in range(1, cores + 1) if num_seeds % n == 0)
-    os.environ["NPROC"] = str(cores // on_cores if batch_size >= 4096 else 1)
+    os.environ["NPROC"] = str(cores // on_cores if is_threaded else 1)
     with contextlib.suppress(RuntimeError):  # JAX has started: take the devices that it has
         jax.config.update("jax_num_cpu_devices", on_cores)
     return max(n for n in range(1, jax.local_device_count() + 1) if num_seeds % n == 0)
@@ -96,7 +96,7 @@ def measure(script, flags, num_envs, num_seeds, steps_per_env, repeats, evaluate
     numbers = {"num-envs": num_envs, "num-seeds": num_seeds}
     numbers |= {"total-timesteps": num_envs * steps_per_env, "eval-interval": 0}
     config = module.parse_args([*flags, *(f"--{name}={n}" for name, n in numbers.items())])
-    num_devices = start_devices(config.num_seeds, config.batch_size)
+    num_devices = start_devices(config.num_seeds, config.batch_size >= module.THREADED_BATCH)
     import jax
     from jax.sharding import Mesh, PartitionSpec
 

@@ -198,7 +198,9 @@ def test_no_callback():
     assert {"scan", "ffi_call"} <= names and not [name for name in names if "callback" in name]
 
 
-@pytest.mark.parametrize("env_id, hint", [("Pong-v5", "pong"), ("mspacman", "ms_pacman")])
+@pytest.mark.parametrize(
+    "env_id, hint", [("Pong-v5", "pong"), ("mspacman", "ms_pacman"), ("joust", "pong")]
+)
 def test_unknown_game(env_id, hint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(atari, ["--env-id", env_id])
@@ -226,6 +228,8 @@ def test_resumed_run_starts_new_games(tmp_path, monkeypatch, capsys):
     fresh, states, _ = restored[0]
     assert atari.serialization.to_bytes(states.params) == params
     assert_equal((states.games, states.eval_handle), (fresh.games, fresh.eval_handle))
+    first = atari.make_train(atari.load_config(folder)).init(jax.random.key(0)).games
+    assert (states.games.obs[0] != first.obs).any()  # not the first ones again
     assert states.update == [1]
     assert "from update 1 with new games" in capsys.readouterr().err.splitlines()[0]
     table = pd.read_csv(folder / "metrics.csv")

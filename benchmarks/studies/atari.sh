@@ -15,6 +15,6 @@ python benchmarks/studies/speed.py pqn_atari --out benchmarks/results/atari_spee
     --flags="--num-envs 8 --num-minibatches 4 --total-timesteps 4096 --eval-interval 0" \
     --peer 'PureJaxQL=$PUREJAXQL_ATARI benchmarks/studies/peers/purejaxql_atari.py --total-timesteps 1024 --set NUM_ENVS=8 NUM_MINIBATCHES=4'
 
-# The emulators alone, with random actions, in the scan of the script's rollout; $ENVPOOL has both.
+# The emulators alone, with random actions, in a jitted scan; $ENVPOOL has both.
 ${ENVPOOL:-python} benchmarks/studies/example.py --out benchmarks/results/atari_emulators \
     "benchmarks/studies/peers/atari_emulators.py --num-envs 8 32 128"
