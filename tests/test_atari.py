@@ -212,6 +212,7 @@ def test_resumed_run_starts_new_games(tmp_path, monkeypatch, capsys):
     """Stopped after a chunk: all but the games is as it was saved, and the run is completed."""
     monkeypatch.setattr(atari.Config, "steps_per_update", 2**13)  # an update is a chunk
     flags = [*tiny_flags("pqn_atari"), "--total-timesteps=128", f"--runs-dir={tmp_path}"]
+    flags += ["--env-id=freeway"]  # its first frames tell games apart
     with monkeypatch.context() as patch:
         patch.setattr(atari, "caught_signals", lambda _: contextlib.nullcontext([15]))
         folder = atari.main(atari.parse_args(flags))
