@@ -573,6 +573,39 @@ class TrainState(NamedTuple):
         return {"policy": policy, "critic": critic, "statistics": self.actor.statistics}
 
 
+def exploration_noise(config: Config, key, num_steps: int, action_size: int, warmup: bool):
+    """Noise [num_steps, num_envs, action_size]; during warm-up, the actions themselves."""
+    shape = num_steps, config.num_envs, action_size
+    if warmup:
+        return jax.random.uniform(key, shape, jnp.float32, minval=-1)
+    noise = jax.random.normal(key, shape, jnp.float32)
+    if config.algorithm == "sac_n":
+        return noise
+    stddevs = mixed_exploration_stddevs(config.num_envs, config.stddev_min, config.stddev_max)
+    return noise * stddevs[:, None]
+
+
+def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step]:
+    """The n-step transitions of steps, and the last steps, whose windows are incomplete."""
+    terminated, truncated = steps.terminated, steps.truncated
+    if not config.bootstrap_on_truncation:
+        terminated |= truncated
+    outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, truncated
+    reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
+    starts = steps.obs[: len(reward)], steps.action[: len(reward)]
+    window = jax.tree.map(lambda x: x[len(reward) :], steps)
+    reward, discount = reward.astype(jnp.float32), discount.astype(jnp.float32)
+    return Transition(*starts, reward, discount, next_obs), window
+
+
+def draw(config: Config, key, gradient_steps: int, action_size: int):
+    """Random bits for the batches of gradient steps, and standard normal noise."""
+    bits_key, noise_key = jax.random.split(key)
+    shape = gradient_steps, config.batch_size
+    noise = jax.random.normal(noise_key, (*shape, action_size), jnp.float32)
+    return jax.random.bits(bits_key, shape, jnp.uint32), noise
+
+
 def make_train(config: Config):
     """PQL as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
@@ -591,8 +624,7 @@ def make_train(config: Config):
     bounds = -config.value_bound, config.value_bound
     support = jnp.linspace(*bounds, config.num_atoms, dtype=jnp.float32)
     num_rows = config.buffer_size // config.num_envs
-    # Replay rows before the first cycle: the windows of the last n_steps - 1 warm-up steps are
-    # incomplete, and one row is in fresh. By default 32 - 2 - 1 = 29 rows.
+    # Those of the warm-up, but for the last n_steps - 1 windows, incomplete, and one row in fresh.
     rows_before = config.warmup_steps - config.n_steps
 
     def learning_rate(number, cycle):
@@ -614,8 +646,7 @@ def make_train(config: Config):
         key, policy_key, critic_key, reset_key, warmup_key = jax.random.split(key, 5)
         env_state = reset_envs(env, reset_key, config.num_envs)
         obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
-        statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
-        actor = Actor(env_state, statistics, window=None)
+        actor = Actor(env_state, Statistics(mean, jnp.ones_like(mean), jnp.float32(0)), window=None)
 
         params = policy.init(policy_key, obs)
         alpha = (jnp.float32(0), optimizer.init(jnp.float32(0))) if is_sac else (None, None)
@@ -651,34 +682,14 @@ def make_train(config: Config):
             return actor._replace(env=env_state, statistics=statistics), (step, sums)
 
         noise_key, step_key = jax.random.split(key)
-        shape = num_steps, config.num_envs, env.action_size
-        stddevs = mixed_exploration_stddevs(config.num_envs, config.stddev_min, config.stddev_max)
-        if warmup:
-            noise = jax.random.uniform(noise_key, shape, jnp.float32, minval=-1)
-        else:
-            noise = jax.random.normal(noise_key, shape, jnp.float32)
-            noise *= 1 if is_sac else stddevs[:, None]
+        noise = exploration_noise(config, noise_key, num_steps, env.action_size, warmup)
         inputs = noise, jax.random.split(step_key, num_steps)
         actor, (steps, sums) = jax.lax.scan(step, state.actor, inputs)
 
         if not warmup:
             steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, steps)
-        terminated, truncated = steps.terminated, steps.truncated
-        if not config.bootstrap_on_truncation:
-            terminated |= truncated
-        outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, truncated
-        reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
-        starts = steps.obs[: len(reward)], steps.action[: len(reward)]
-        window = jax.tree.map(lambda x: x[len(reward) :], steps)
-        reward, discount = reward.astype(jnp.float32), discount.astype(jnp.float32)
-        return actor._replace(window=window), Transition(*starts, reward, discount, next_obs), sums
-
-    def draw(key, gradient_steps):
-        """Random bits for the batches of gradient steps, and standard normal noise."""
-        bits_key, noise_key = jax.random.split(key)
-        shape = gradient_steps, config.batch_size
-        noise = jax.random.normal(noise_key, (*shape, env.action_size), jnp.float32)
-        return jax.random.bits(bits_key, shape, jnp.uint32), noise
+        transitions, window = transitions_of(config, steps)
+        return actor._replace(window=window), transitions, sums
 
     def expected_values(outputs):
         return jax.nn.softmax(outputs) @ support if is_distributional else outputs[..., 0]
@@ -687,10 +698,8 @@ def make_train(config: Config):
         """The V-learner after critic updates, with the state's policy and statistics."""
 
         def loss(params, target_params, batch, noise):
-            obs, next_obs = (
-                normalize(x, state.actor.statistics, config.obs_clip)
-                for x in (batch.obs, batch.next_obs)
-            )
+            obs = normalize(batch.obs, state.actor.statistics, config.obs_clip)
+            next_obs = normalize(batch.next_obs, state.actor.statistics, config.obs_clip)
             next_action, log_prob = choose(state.p_learner.policy, next_obs, noise)
             next_outputs = critic.apply(target_params, next_obs, next_action)
             outputs = critic.apply(params, obs, batch.action)
@@ -707,15 +716,14 @@ def make_train(config: Config):
 
         def gradient_step(learner, inputs):
             batch, noise = replay_sample(state.replay, inputs[0], filled), inputs[1]
-            (td_loss, q), grads = jax.value_and_grad(loss, has_aux=True)(
-                learner.critic, learner.target_critic, batch, noise
-            )
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (td_loss, q), grads = grad(learner.critic, learner.target_critic, batch, noise)
             params, opt_state = step_params(learner.critic, grads, learner.opt_state, rate)
             target_params = optax.incremental_update(params, learner.target_critic, config.tau)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
             return VLearner(params, target_params, opt_state), losses
 
-        bits, noise = draw(key, gradient_steps)
+        bits, noise = draw(config, key, gradient_steps, env.action_size)
         if not is_sac:
             limit = config.target_noise_clip
             noise = jnp.clip(config.target_noise * noise, -limit, limit)
@@ -734,21 +742,19 @@ def make_train(config: Config):
 
         def gradient_step(learner, inputs):
             obs, noise = replay_sample(state.replay.obs, inputs[0], filled), inputs[1]
-            (policy_loss, log_prob), grads = jax.value_and_grad(loss, has_aux=True)(
-                learner.policy, learner.log_alpha, obs, noise
-            )
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (policy_loss, log_prob), grads = grad(learner.policy, learner.log_alpha, obs, noise)
             params, opt_state = step_params(learner.policy, grads, learner.opt_state, rate)
             losses = {"policy_loss": policy_loss, "policy_grad_norm": optax.tree.norm(grads)}
-            alpha_state = learner.log_alpha, learner.alpha_opt_state
+            alpha = learner.log_alpha, learner.alpha_opt_state
             if is_sac:  # towards an entropy of -action_size
                 losses["alpha"] = jnp.exp(learner.log_alpha)
                 grad = losses["alpha"] * (env.action_size - log_prob)
-                alpha_state = step_params(
-                    learner.log_alpha, grad, learner.alpha_opt_state, config.alpha_learning_rate
-                )
-            return PLearner(params, opt_state, *alpha_state), losses
+                alpha = step_params(alpha[0], grad, alpha[1], config.alpha_learning_rate)
+            return PLearner(params, opt_state, *alpha), losses
 
-        return jax.lax.scan(gradient_step, state.p_learner, draw(key, gradient_steps))
+        inputs = draw(config, key, gradient_steps, env.action_size)
+        return jax.lax.scan(gradient_step, state.p_learner, inputs)
 
     def parallel_cycle(state, filled, keys, rate):
         """Actor, V-learner and P-learner all start from the state: none waits for another."""
