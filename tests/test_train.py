@@ -109,6 +109,7 @@ def test_chunks_equal_one_run(run, chunks):
     )
 
 
+@pytest.mark.parametrize("script", PURE, indirect=True)
 def test_first_state_holds_no_buffer_twice(script, config, chunk, values):
     """Made outside of jit it can be donated, too."""
     _, metrics = chunk(script.make_train(config).init(KEYS[0]), values)
