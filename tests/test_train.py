@@ -94,6 +94,7 @@ def chunks(init, chunk, values):
     return results
 
 
+@pytest.mark.parametrize("script", PURE, indirect=True)
 def test_same_seed_same_bits(run):
     first = run(KEYS[1])
     assert_equal(first, run(KEYS[1]))
