@@ -624,7 +624,7 @@ def make_train(config: Config):
     bounds = -config.value_bound, config.value_bound
     support = jnp.linspace(*bounds, config.num_atoms, dtype=jnp.float32)
     num_rows = config.buffer_size // config.num_envs
-    # Those of the warm-up, but for the last n_steps - 1 windows, incomplete, and one row in fresh.
+    # All of the warm-up's rows but those of n_steps - 1 incomplete windows and the one in fresh.
     rows_before = config.warmup_steps - config.n_steps
 
     def learning_rate(number, cycle):

@@ -2,9 +2,9 @@
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 arXiv 2407.04811; the network: Mnih et al., 2015, doi 10.1038/nature14236. The algorithm is the same
-as in pqn_minatar.py, but the emulators run on the CPU, called from inside the compiled program, be
-it on a CPU or on an NVIDIA GPU.
-Their state is outside JAX, so one process trains one seed, and a resumed run starts new games.
+as in pqn_minatar.py, but the emulators run on the CPU, called from inside the compiled program.
+Learning runs on a CPU or an NVIDIA GPU, for which ale-py has calls; only the CPU has been tried.
+The emulators' state is outside JAX: one process trains one seed, a resumed run starts new games.
 ale-py is licensed under the GPL, version 2.
 
     python pqn_atari.py --env-id breakout           # trains, plots, saves; --help lists the flags

@@ -147,6 +147,16 @@ def test_steps_that_are_none_are_not_learned_from(bootstrap, monkeypatch):
     np.testing.assert_array_equal(metrics["eval/episodic_return"], np.mean(scores))
 
 
+def test_a_minibatch_without_steps_teaches_nothing(monkeypatch):
+    monkeypatch.setattr(atari, "make_env", scripted_env)
+    monkeypatch.setitem(SCRIPT, "is_step", [False] * 16)
+    state, metrics = jax.jit(lambda key: atari.make_train(TINY)(key, num_updates=1))(
+        jax.random.key(0)
+    )
+    assert metrics["losses/td_loss"] == metrics["losses/grad_norm"] == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
 @pytest.mark.parametrize("size, stride, side", [(8, 4, 84), (4, 2, 20), (3, 1, 9)])
 def test_convolution(size, stride, side, monkeypatch):
     """The products on a CPU are XLA's convolution, forwards and backwards."""

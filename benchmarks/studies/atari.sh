@@ -10,6 +10,13 @@ python benchmarks/studies/curves.py --out benchmarks/results/atari_road_runner \
     --curve "seed 0=pqn_atari" \
     --curve "seed 1=pqn_atari --seed 1"
 
+# The same runs, and their greedy evaluations.
+python benchmarks/studies/curves.py --out benchmarks/results/atari_road_runner_greedy \
+    --title "Road Runner" --num-seeds 1 \
+    --flags="--env-id road_runner --num-envs 16 --num-minibatches 16 --total-timesteps 4e5 --eval-interval 78" \
+    --curve "seed 0=pqn_atari" \
+    --curve "seed 1=pqn_atari --seed 1"
+
 # The reference with an envpool of today; its convolutions are slow inside a scan on a CPU.
 python benchmarks/studies/speed.py pqn_atari --out benchmarks/results/atari_speed --repeats 2 \
     --flags="--num-envs 8 --num-minibatches 4 --total-timesteps 4096 --eval-interval 0" \
