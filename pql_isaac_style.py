@@ -716,8 +716,8 @@ def make_train(config: Config):
 
         def gradient_step(learner, inputs):
             batch, noise = replay_sample(state.replay, inputs[0], filled), inputs[1]
-            grad = jax.value_and_grad(loss, has_aux=True)
-            (td_loss, q), grads = grad(learner.critic, learner.target_critic, batch, noise)
+            grad_fn = jax.value_and_grad(loss, has_aux=True)
+            (td_loss, q), grads = grad_fn(learner.critic, learner.target_critic, batch, noise)
             params, opt_state = step_params(learner.critic, grads, learner.opt_state, rate)
             target_params = optax.incremental_update(params, learner.target_critic, config.tau)
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
@@ -742,16 +742,18 @@ def make_train(config: Config):
 
         def gradient_step(learner, inputs):
             obs, noise = replay_sample(state.replay.obs, inputs[0], filled), inputs[1]
-            grad = jax.value_and_grad(loss, has_aux=True)
-            (policy_loss, log_prob), grads = grad(learner.policy, learner.log_alpha, obs, noise)
+            grad_fn = jax.value_and_grad(loss, has_aux=True)
+            (policy_loss, log_prob), grads = grad_fn(learner.policy, learner.log_alpha, obs, noise)
             params, opt_state = step_params(learner.policy, grads, learner.opt_state, rate)
             losses = {"policy_loss": policy_loss, "policy_grad_norm": optax.tree.norm(grads)}
-            alpha = learner.log_alpha, learner.alpha_opt_state
+            alpha_state = learner.log_alpha, learner.alpha_opt_state
             if is_sac:  # towards an entropy of -action_size
                 losses["alpha"] = jnp.exp(learner.log_alpha)
                 grad = losses["alpha"] * (env.action_size - log_prob)
-                alpha = step_params(alpha[0], grad, alpha[1], config.alpha_learning_rate)
-            return PLearner(params, opt_state, *alpha), losses
+                alpha_state = step_params(
+                    learner.log_alpha, grad, learner.alpha_opt_state, config.alpha_learning_rate
+                )
+            return PLearner(params, opt_state, *alpha_state), losses
 
         inputs = draw(config, key, gradient_steps, env.action_size)
         return jax.lax.scan(gradient_step, state.p_learner, inputs)
