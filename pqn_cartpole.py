@@ -23,18 +23,16 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -449,12 +447,6 @@ THREADED_BATCH = 4096
 FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
 
 
-def fail(message: str) -> NoReturn:
-    """Exits with code 2 and one line on stderr."""
-    print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def say(message: str) -> None:
     """Prints a line above the progress bar, on the first host only."""
     if jax.process_index() == 0:
@@ -462,48 +454,46 @@ def say(message: str) -> None:
 
 
 def parse_args(args: list[str]) -> Config:
-    """Parses flags with tyro; also accepts 1e6 for integers and --flag=False for --no-flag."""
-    number, boolean = r"^(--[\w-]+=|)(\d+(\.\d+)?[eE]\+?\d+)$", r"^--([\w-]+)=(?i:(true)|false)$"
-    args = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", arg) for arg in args]
-    args = [re.sub(boolean, lambda m: f"--{'' if m[2] else 'no-'}{m[1]}", arg) for arg in args]
-    config = tyro.cli(Config, args=args, description=__doc__)
-    if config.resume is not None:
-        saved = load_config(config.resume)
-        config = tyro.cli(Config, args=args, description=__doc__, default=saved)
-        for name, old in vars(saved).items():
-            if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
-                fail(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
+    """Parses flags with tyro; also 1e6 for integers, and wandb's --flag=False, --sizes=[64, 64]."""
+    name, words, saved = "", [], Config()
+    for word in args:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+        kind = str(Config.__annotations__.get(name))
+        if "bool" in kind:
+            word = re.sub("^--(.*)=(?i:false)$", r"--no-\1", re.sub("=(?i:true)$", "", word))
+        is_list = "tuple" in kind and "=[" in word
+        parts = re.findall(r"[^\s,'\"=\[\]]+", word) if is_list else [word]
+        if re.search(r"\bint\b", kind):
+            number = r"(^|=)(\d+(\.\d*)?([eE]\+?\d+)?)$"
+            parts = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", part) for part in parts]
+        if name == "resume" and (folder := word.removeprefix("--resume").lstrip("=")):
+            saved = load_config(folder)
+        words += parts
+    config = tyro.cli(Config, args=words, description=__doc__, default=saved)
+    for name, old in vars(saved).items() if saved.resume else ():
+        if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
+            raise ValueError(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
     return config
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """Loads the Config of a run to resume; fails unless the run is one of this script."""
+    """The Config of a run, set to resume it. Raises ValueError unless the run is this script's."""
     try:
         flags = json.loads(Path(run_dir, "config.json").read_text())
-        script = flags.pop("script")
-        if script == SCRIPT.stem:
-            return Config(**flags | {"resume": str(run_dir)})
+        script, _ = flags.pop("script"), flags.pop("name", None)
+        if script != SCRIPT.stem:
+            raise ValueError(f"a run of {script}.py")
+        return Config(**flags | {"resume": str(run_dir)})
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"--resume is {run_dir}; it takes a run folder: {error!r}")
-    fail(f"--resume is {run_dir}, a run of {script}.py")
-
-
-def last_checkpoint(run_dir: str) -> int:
-    """The update number of a run's last checkpoint; fails if there is none."""
-    folder = Path(run_dir, "checkpoints")
-    updates = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    return max(updates) if updates else fail(f"--resume is {run_dir}; it has no checkpoint yet")
+        raise ValueError(f"--resume is {run_dir}; it takes a run folder: {error!r}") from error
 
 
 def start_devices(config: Config) -> Mesh:
-    """The device mesh for the seeds, with the same number of devices on every host.
-
-    A CPU is split into as few devices as keep all cores busy; with small batches, each device uses
-    one thread (NPROC).
-    """
+    """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
-    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))
+    num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
     with contextlib.suppress(RuntimeError):  # JAX has already started: use its devices
@@ -513,62 +503,88 @@ def start_devices(config: Config) -> Mesh:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--distributed finds no cluster: {error}") from error
-
     hosts, local = jax.process_count(), jax.local_device_count()
     per_host = [n for n in range(1, local + 1) if config.num_seeds % (n * hosts) == 0]
     if not per_host:
         raise ValueError(f"--num-seeds is {config.num_seeds}, not a multiple of the {hosts} hosts")
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.reshape(devices, (hosts, local))[:, : per_host[-1]].ravel(), ("seeds",))
+    devices = [jax.local_devices(host)[: per_host[-1]] for host in range(hosts)]
+    return Mesh(np.ravel(devices), ("seeds",))
 
 
 def make_programs(config: Config, train, mesh: Mesh):
-    """Jitted init(0, seeds) -> states, run_chunk(update, states) -> (states, metrics)."""
+    """Jitted init(seeds) -> states and run_chunk(update, states) -> (states, metrics)."""
     # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
     max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
     chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
-    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["seeds"], []))
 
-    def init(update, seed):
-        return train.init(jax.random.key(seed))
+    def for_each(function, inputs):
+        on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
+        return jax.lax.map(function, inputs) if on_cpu else jax.vmap(function)(inputs)
 
-    def run_chunk(update, state):
-        return train(state=state._replace(update=update), num_updates=chunk_size)
+    def init(seeds):
+        return for_each(lambda seed: train.init(jax.random.key(seed)), seeds)
 
-    def over_seeds(function, out_shardings, **options):
-        def on_device(update, inputs):
-            # The update number is unbatched, so that evaluation stays a branch.
-            one_seed = functools.partial(function, update)
-            on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
-            return jax.lax.map(one_seed, inputs) if on_cpu else jax.vmap(one_seed)(inputs)
+    def run_chunk(update, states):
+        # The update number is unbatched, so that evaluation stays a branch.
+        chunk = functools.partial(train, num_updates=chunk_size)
+        return for_each(lambda state: chunk(state=state._replace(update=update)), states)
 
-        specs = {"in_specs": (replicated.spec, sharded.spec), "out_specs": sharded.spec}
-        on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
-        return jax.jit(on_devices, out_shardings=out_shardings, **options)
-
+    everywhere, by_seed = PartitionSpec(), PartitionSpec("seeds")
+    on_devices = functools.partial(jax.shard_map, mesh=mesh, out_specs=by_seed, check_vma=False)
+    init = on_devices(init, in_specs=by_seed)
+    run_chunk = on_devices(run_chunk, in_specs=(everywhere, by_seed))
     # Metrics are gathered only across hosts: XLA aborts when a CPU device waits long for another.
-    gathered = replicated if jax.process_count() > 1 else sharded
-    return over_seeds(init, sharded), over_seeds(run_chunk, (sharded, gathered), donate_argnums=1)
+    layout = NamedSharding(mesh, by_seed)
+    gathered = NamedSharding(mesh, everywhere) if jax.process_count() > 1 else layout
+    run_chunk = jax.jit(run_chunk, out_shardings=(layout, gathered), donate_argnums=1)
+    return jax.jit(init, out_shardings=layout), run_chunk
 
 
-def run_folder(config: Config) -> Path:
-    """The run folder: the one to resume, or a new name, the same on every host."""
-    if config.resume is not None:
-        return Path(config.resume)
-    milliseconds = np.array(divmod(time.time_ns() // 10**6, 10**6), np.int32)
-    high, low = multihost_utils.broadcast_one_to_all(milliseconds)
-    name = f"{SCRIPT.stem}__{config.env_id}__{config.seed}__{high}{low:06}"
-    return Path(config.runs_dir, name)
+def start_run(config: Config, run_dir: Path):
+    """Makes and locks the run folder and starts wandb, on the first host; all hosts fail with it.
 
-
-def restore(checkpoints: ocp.CheckpointManager, update: int, shapes):
-    """Loads the states after an update and the seconds spent so far; fails if unreadable."""
-    args = {"states": ocp.args.StandardRestore(shapes), "seconds": ocp.args.JsonRestore()}
+    Returns the lock, wandb's runs and the checkpoints.
+    """
+    lock, wandb_runs, is_ready = contextlib.ExitStack(), [], False
     try:
-        saved = checkpoints.restore(update, args=ocp.args.Composite(**args))
+        if jax.process_index() == 0:
+            if config.resume is None:
+                run_dir.mkdir(parents=True)  # fails if another run has it
+                flags = {"script": SCRIPT.stem, "name": run_dir.name} | dataclasses.asdict(config)
+                (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
+            file = lock.enter_context((run_dir / "config.json").open("a"))
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            wandb_runs = start_wandb(config, run_dir)
+        is_ready = True
+    except BlockingIOError as error:
+        raise ValueError(f"--resume is {run_dir}, which another process still trains") from error
+    finally:  # all hosts go on, or none
+        is_ready = multihost_utils.broadcast_one_to_all(np.array(is_ready))
+    if not is_ready:
+        sys.exit(2)  # the first host says why
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    folder = run_dir.resolve() / "checkpoints"
+    return lock, wandb_runs, ocp.CheckpointManager(folder, options=options)
+
+
+def restore(config: Config, run_dir: Path, checkpoints, update: int, shapes):
+    """The states and seconds of a checkpoint; drops from metrics.csv what it does not cover."""
+    csv, temporary = run_dir / "metrics.csv", run_dir / "metrics.tmp"
+    try:
+        saved = checkpoints.restore(update, args=ocp.args.StandardRestore(shapes))
+        rows = pd.read_csv(csv, dtype=str, keep_default_na=False)[: update * config.num_seeds]
+        if len(rows) < update * config.num_seeds:
+            raise ValueError("metrics.csv lacks rows")
     except Exception as error:  # orbax raises a bare Exception for a damaged array
-        fail(f"--resume: {checkpoints.directory} cannot be read: {str(error)[:200]}")
-    return saved.states, saved.seconds
+        raise ValueError(f"--resume: {run_dir} is damaged: {str(error)[:200]}") from error
+    if jax.process_index() == 0:
+        rows.to_csv(temporary, index=False)
+        temporary.replace(csv)
+        (run_dir / "metadata.json").unlink(missing_ok=True)
+    return saved
 
 
 def start_wandb(config: Config, run_dir: Path) -> list:
@@ -577,154 +593,98 @@ def start_wandb(config: Config, run_dir: Path) -> list:
         return []
     import wandb  # not at the top: it takes seconds
 
-    names = [f"seed-{config.seed + i}" for i in range(config.num_seeds)]
-    names = names if len(names) <= 16 else ["mean"]
-    options = {"project": config.wandb_project, "entity": config.wandb_entity}
-    options |= {"group": run_dir.name, "tags": config.wandb_tags, "mode": config.wandb_mode}
-    options |= {"config": dataclasses.asdict(config), "dir": run_dir, "resume": "allow"}
-    options |= {"reinit": "create_new", "settings": wandb.Settings(silent=True, console="off")}
+    name = json.loads((run_dir / "config.json").read_text())["name"]
+    seeds = [f"seed-{config.seed + i}" for i in range(config.num_seeds)]
+    options = {"project": config.wandb_project, "entity": config.wandb_entity, "dir": run_dir}
+    options |= {"group": name, "tags": config.wandb_tags, "mode": config.wandb_mode}
+    options |= {"config": dataclasses.asdict(config), "resume": "allow", "reinit": "create_new"}
+    options |= {"settings": wandb.Settings(silent=True, console="off")}
     try:
-        runs = [wandb.init(name=name, id=f"{run_dir.name}-{name}", **options) for name in names]
+        seeds = seeds if len(seeds) <= 16 else ["mean"]
+        runs = [wandb.init(name=seed, id=f"{name}-{seed}", **options) for seed in seeds]
     except Exception as error:  # errors of wandb's service are not wandb.Error
-        if config.resume is None:
-            shutil.rmtree(run_dir)
         raise ValueError(f"--wandb-mode is {config.wandb_mode}: {error}") from error
     if config.wandb_mode == "online":
         say(f"Weights & Biases: {runs[0].url}")
     return runs
 
 
-def is_nan(config: Config, metrics: dict[str, np.ndarray]) -> np.ndarray:
-    """Where the loss or its gradient is NaN, [num_seeds, updates]."""
-    return np.isnan(metrics["losses/grad_norm"])
-
-
-class Recorder:
-    """Records a run in metrics.csv, the progress bar and wandb; only the first host has one."""
-
-    def __init__(self, config: Config, run_dir: Path, columns: list[str], update: int):
-        """Starts after the given update. Raises ValueError if metrics.csv lacks rows up to it."""
-        self.config, self.csv, self.columns = config, run_dir / "metrics.csv", ["seed", *columns]
-        header, num_lines = ",".join(self.columns) + "\n", 1 + update * config.num_seeds
-        lines = self.csv.read_text().splitlines(keepends=True) if update else [header]
-        if lines[:1] != [header] or len(lines) < num_lines:
-            raise ValueError(f"{self.csv} lacks rows or its columns are not {header}")
-        self.wandb_runs, self.unlogged, self.nan_seeds = start_wandb(config, run_dir), [], set()
-        if update:
-            os.truncate(self.csv, len("".join(lines[:num_lines])))
-            (run_dir / "metadata.json").unlink(missing_ok=True)
-        else:
-            self.csv.write_text(header)
-            flags = {"script": SCRIPT.stem} | dataclasses.asdict(config)
-            (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
-        update_steps = config.steps_per_update * config.num_seeds
-        total, initial = config.num_updates * update_steps, update * update_steps
-        self.bar = tqdm(total=total, initial=initial, unit=" steps", unit_scale=True, disable=None)
-        self.printed_at = time.monotonic()
-
-    def record(self, update: int, metrics: dict[str, jax.Array]) -> None:
-        """Records metrics [num_seeds, chunk_size] of the updates after the given one."""
-        metrics = jax.device_get(metrics)
-        seeds = self.config.seed + np.arange(self.config.num_seeds)
-        metrics["seed"] = np.broadcast_to(seeds[:, None], metrics["global_step"].shape)
-        rows = pd.DataFrame({name: metrics[name].T.ravel() for name in self.columns})
-        with self.csv.open("a") as file:
-            rows.to_csv(file, header=False, index=False, float_format="%.10g", na_rep="nan")
-        self.unlogged.append(rows)
-
-        for seed, nans in zip(seeds, is_nan(self.config, metrics), strict=True):
-            if nans.any() and seed not in self.nan_seeds:
-                self.nan_seeds.add(seed)
-                first = update + 1 + nans.argmax()
-                say(f"seed {seed}: NaN in the loss or its gradient from update {first} on")
-
-        mean_return = f"return {rows['charts/episodic_return'].mean():.1f}"
-        self.bar.set_postfix_str(mean_return, refresh=False)
-        self.bar.update(len(rows) * self.config.steps_per_update)
-        # Without a terminal there is no bar: print a line every half minute.
-        if self.bar.disable and time.monotonic() - self.printed_at >= 30:
-            self.printed_at = time.monotonic()
-            update += metrics["seed"].shape[1]
-            say(f"update {update} of {self.config.num_updates}, {mean_return}")
-
-    def log(self) -> None:
-        """Sends wandb only what a checkpoint covers, so that a resumed run sends nothing twice."""
-        for chunk in self.unlogged if self.wandb_runs else []:
-            for step, rows in chunk.drop(columns="seed").groupby("global_step"):
-                if len(self.wandb_runs) < len(rows):  # mean, and deviation where seeds differ
-                    stds = rows.loc[:, rows.nunique() > 1].std().add_suffix("_std")
-                    rows = pd.concat([rows.mean(), stds]).to_frame().T
-                for run, (_, row) in zip(self.wandb_runs, rows.iterrows(), strict=True):
-                    run.log(row.dropna().to_dict(), step=step)
-        self.unlogged = []
-
-    def close(self) -> None:
-        self.bar.close()
-        for run in self.wandb_runs:
-            run.finish()
-
-
-@contextlib.contextmanager
-def caught_signals(message: str):
-    """Collects Ctrl-C and SIGTERM in a list: the first prints message, the second interrupts."""
-    received = []
-
-    def handle(number, frame):
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-        say(message)
-
-    # Only the main thread may set handlers; wandb's sweep agent calls main in another thread.
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    previous = {number: signal.signal(number, handle) for number in numbers}
+def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
+    """Sends wandb the rows that it lacks; if that fails, training goes on without it."""
+    if not runs:
+        return
+    step = run_dir / "wandb" / "step"  # the last one that was sent
+    rows = pd.read_csv(run_dir / "metrics.csv").drop(columns="seed")
+    rows = rows[rows["global_step"] > (int(step.read_text()) if step.exists() else 0)]
+    if len(runs) == 1:  # one seed, or the mean of many, and the deviation where they differ
+        seeds = rows.groupby("global_step")
+        stds = seeds.std().replace(0, np.nan).add_suffix("_std")
+        rows = seeds.mean().join(stds).reset_index()
     try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for i, row in enumerate(rows.to_dict("records")):
+            measured = {name: value for name, value in row.items() if not np.isnan(value)}
+            runs[i % len(runs)].log(measured, step=int(row["global_step"]))
+            step.write_text(str(int(row["global_step"])))
+        for run in runs if exit_code is not None else ():
+            run.finish(exit_code)
+    except Exception as error:
+        say(f"Weights & Biases: {error}; training goes on, and --resume sends it the rest")
+        runs.clear()
+        with contextlib.suppress(Exception):
+            sys.modules["wandb"].teardown()
 
 
-def plot_returns(config: Config, run_dir: Path) -> str:
-    """Plots the returns in metrics.csv over all seeds; returns a summary of the last ones."""
+def record(config: Config, run_dir: Path, bar: tqdm, metrics: dict[str, jax.Array]) -> None:
+    """Appends metrics [num_seeds, chunk_size] to metrics.csv, and moves the bar."""
+    metrics = jax.device_get(metrics)
+    rows = pd.DataFrame({name: metrics[name].T.ravel() for name in sorted(metrics)})
+    rows.insert(0, "seed", config.seed + rows.index % config.num_seeds)
+    csv, options = run_dir / "metrics.csv", {"float_format": "%.10g", "na_rep": "nan"}
+    rows.to_csv(csv, mode="a", header=not csv.exists(), index=False, **options)
+    words = f"return {rows['charts/episodic_return'].mean():.1f}"
+    if len(nan_seeds := rows.loc[rows["losses/grad_norm"].isna(), "seed"].unique()):
+        words += f", NaN in the loss of seed {', '.join(map(str, nan_seeds))}"
+    bar.set_postfix_str(words, refresh=False)
+    bar.update(len(rows) * config.steps_per_update)
+    if bar.disable and time.time() - bar.last_print_t >= 30:  # no terminal: a line now and then
+        bar.last_print_t = time.time()
+        say(f"step {rows['global_step'].iloc[-1]:,} of {config.total_timesteps:,}, {words}")
+
+
+def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
+    """Writes parameters, learning curve and metadata, and prints a summary of the run."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    table = pd.read_csv(run_dir / "metrics.csv")
-    many_seeds = config.num_seeds > 1
+    (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
+    table, many_seeds, words = pd.read_csv(run_dir / "metrics.csv"), config.num_seeds > 1, []
     title = f"{SCRIPT.stem}, {config.env_id}"
     title += f", {config.num_seeds} seeds: mean and range" if many_seeds else ""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps per seed", ylabel="return", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    summary = []
-    for kind, label in (("charts", "while exploring"), ("eval", "greedy")):
+    # Means over 200 bins of steps keep long runs readable.
+    bins = table["global_step"] * 200 // table["global_step"].iloc[-1]
+    for kind, label in {"charts": "while exploring", "eval": "greedy"}.items():
         name = f"{kind}/episodic_return"
-        measured = table.dropna(subset=name) if name in table else table[:0]
-        if measured.empty:
+        if name not in table or table[name].isna().all():
             continue
-        # Average each seed over 200 bins of steps, so that long runs stay readable.
-        last_step = table["global_step"].iloc[-1]
-        bins = measured["global_step"] * 200 // last_step
-        binned = measured.groupby([bins, "seed"])[["global_step", name]].mean().groupby(level=0)
-        steps, returns = binned["global_step"].mean(), binned[name]
-        axes.plot(steps, returns.mean(), "o-" if len(steps) <= 30 else "-", label=label)
-        axes.fill_between(steps, returns.min(), returns.max(), alpha=0.2)
+        # A seed keeps its return until its next one.
+        returns = table.pivot_table(name, bins, "seed").ffill()
+        steps = table.dropna(subset=name).groupby(bins)["global_step"].mean()
+        axes.plot(steps, returns.mean(axis=1), "o-" if len(steps) <= 30 else "-", label=label)
+        axes.fill_between(steps, returns.min(axis=1), returns.max(axis=1), alpha=0.2)
         axes.legend()
-        # The last evaluation, or the mean over the last tenth of training up to the last return.
-        since = measured["global_step"].iloc[-1] * (1 if kind == "eval" else 0.9)
-        seed_means = measured[measured["global_step"] >= since].groupby("seed")[name].mean()
-        spread = f" (seeds {seed_means.min():.1f} to {seed_means.max():.1f})" if many_seeds else ""
-        summary.append(f"{label} {seed_means.mean():.1f}{spread}")
+        # Of each seed, the last evaluation, or the mean over the last tenth of training.
+        last_bin = returns.index[-1]
+        last = returns.loc[last_bin if kind == "eval" else min(last_bin, 181) :].mean()
+        spread = f" (seeds {last.min():.1f} to {last.max():.1f})" if many_seeds else ""
+        words.append(f"{label} {last.mean():.1f}{spread}")
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
-    return f"return {', '.join(summary)}" if summary else "no episode has ended"
-
-
-def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
-    """Writes parameters, learning curve and metadata, and prints a summary of the run."""
-    (run_dir / "params.msgpack").write_bytes(serialization.to_bytes(params))
-    print(f"{metadata['updates']} of {config.num_updates} updates, {plot_returns(config, run_dir)}")
+    returns = f"return {', '.join(words)}" if words else "no episode has ended"
+    print(f"{metadata['updates']} of {config.num_updates} updates, {returns}")
+    for seed, rows in table[table["losses/grad_norm"].isna()].groupby("seed"):
+        print(f"seed {seed}: NaN in the loss from step {rows['global_step'].iloc[0]:,} on")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
     metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
     packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "jaxmarl", "ale_py", "numpy")
@@ -735,88 +695,108 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     print(f"{run_dir} contains {', '.join(sorted(os.listdir(run_dir)))}")
 
 
-def main(config: Config) -> Path:
-    """Trains all seeds, a chunk of updates at a time; returns the run folder."""
-    is_new = config.resume is None
-    update = 0 if is_new else last_checkpoint(config.resume)
-    if update == config.num_updates and Path(config.resume, "metadata.json").exists():
-        print(f"{config.resume} is finished: all {update} updates are done")
-        return Path(config.resume)
+def find_run(config: Config) -> tuple[Path, int]:
+    """The run folder, the same on every host, and the number of updates in its checkpoint."""
+    if config.resume is None:
+        microseconds = np.array(divmod(time.time_ns() // 1000, 10**8), np.int32)
+        high, low = multihost_utils.broadcast_one_to_all(microseconds)
+        env_id = re.sub(r"[^\w.-]", "-", config.env_id)
+        return Path(config.runs_dir, f"{SCRIPT.stem}__{env_id}__{config.seed}__{high}{low:08}"), 0
+    folder = Path(config.resume, "checkpoints")
+    if not folder.is_dir() or not (updates := ocp.utils.checkpoint_steps(folder)):
+        raise ValueError(f"--resume is {config.resume}; it has no checkpoint yet")
+    return folder.parent, max(updates)
+
+
+def main(config: Config, signals: Sequence[int] = ()) -> Path:
+    """Trains until the end, or until a signal's number is in signals; returns the run folder."""
+    mesh, is_first_host = start_devices(config), jax.process_index() == 0
+    run_dir, update = find_run(config)
+    if update == config.num_updates and (run_dir / "metadata.json").exists():
+        say(f"{run_dir} is finished: all {update} updates are done")
+        return run_dir
+    device = f"{mesh.size} x {jax.devices()[0].device_kind}"
+    title = f"{config.env_id}, {config.num_seeds} seed{'s'[: config.num_seeds - 1]} on {device}"
+    title += f", from update {update}" * (update > 0)
+    say(f"{SCRIPT.stem}: {title}, in {run_dir}; compiling takes seconds to a minute")
+    started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
+    init, run_chunk = make_programs(config, make_train(config), mesh)
+    lock, wandb_runs, checkpoints = start_run(config, run_dir)
     seeds = config.seed + np.arange(config.num_seeds)
-    seconds = {"compile_seconds": 0.0, "run_seconds": 0.0}
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # fail reports orbax's errors instead
-    try:  # before compilation, everything that can fail for outside reasons
-        mesh = start_devices(config)
-        run_dir = run_folder(config)
-        device = f"{mesh.size} x {jax.devices()[0].device_kind}"
-        title = f"{config.env_id}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {device}"
-        since = f", from update {update}" if update else ""
-        say(f"{SCRIPT.stem}: {title}, in {run_dir}{since}; compiling takes seconds to a minute")
-        train = make_train(config)
-        started = time.monotonic()
-        init, run_chunk = make_programs(config, train, mesh)
-        shapes = init.eval_shape(0, seeds)
-        run_chunk = run_chunk.lower(np.int32(0), shapes)
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
-        if not is_new:
-            states, seconds = restore(checkpoints, update, shapes)
-        columns, is_first_host = sorted(run_chunk.out_info[1]), jax.process_index() == 0
-        recorder = Recorder(config, run_dir, columns, update) if is_first_host else None
-    except (OSError, RuntimeError, ValueError) as error:
-        fail(str(error))
-    if is_new:
-        states = init(0, seeds)
-    run_chunk = run_chunk.compile()
+    if update:
+        shapes = init.eval_shape(seeds), seconds
+        states, seconds = restore(config, run_dir, checkpoints, update, shapes)
+    else:
+        states = init(seeds)
+    run_chunk = run_chunk.lower(np.int32(0), states).compile()
     saved_at = time.monotonic()
     seconds["compile_seconds"] += saved_at - started
-    if recorder:
-        recorder.bar.unpause()  # exclude compilation from its speed
-
+    size = config.steps_per_update * config.num_seeds
+    options = {"total": config.num_updates * size, "initial": update * size, "unit": " steps"}
+    bar = tqdm(**options, unit_scale=True, disable=None if is_first_host else True)
+    bar.last_print_t, unrecorded, signal_number = time.time(), None, 0
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
-    pending, stopping = [], False
     try:
-        message = f"stopping after this chunk of updates (Ctrl-C again stops at once); {to_resume}"
-        with caught_signals(message) as signals:
-            while update < config.num_updates and not stopping:
-                states, metrics = run_chunk(np.int32(update), states)
-                while recorder and pending:  # record the previous chunk while this one runs
-                    recorder.record(*pending.pop())
-                pending.append((update, metrics))
-                update += metrics["global_step"].shape[1]
-                # Python handles signals while it joins a thread, but not while it waits for JAX.
-                chunk = threading.Thread(target=jax.block_until_ready, args=[metrics], daemon=True)
-                chunk.start()
-                chunk.join()
-                is_due = time.monotonic() - saved_at >= config.checkpoint_interval
-                flags = np.array([[len(signals) > 0, is_due]])  # all hosts stop and save together
-                stopping, is_due = multihost_utils.process_allgather(flags, tiled=True).any(axis=0)
-                if stopping or is_due or update == config.num_updates:
-                    if recorder:
-                        recorder.record(*pending.pop())
-                    seconds["run_seconds"] += time.monotonic() - saved_at
-                    saved_at = time.monotonic()
-                    save = {"states": ocp.args.StandardSave(states)}
-                    save |= {"seconds": ocp.args.JsonSave(seconds)}
-                    checkpoints.save(update, args=ocp.args.Composite(**save))
-                    if recorder:
-                        recorder.log()
-    except KeyboardInterrupt:
+        if signals:  # that came while compiling: there is nothing new to save
+            raise KeyboardInterrupt
+        while update < config.num_updates and not signal_number:
+            states, metrics = run_chunk(np.int32(update), states)
+            if unrecorded:  # the chunk before, while this one runs
+                record(config, run_dir, bar, unrecorded)
+            unrecorded = metrics if is_first_host else None
+            while not metrics["global_step"].is_ready():  # Python handles no signals inside JAX
+                time.sleep(0.001)
+            update += metrics["global_step"].shape[1]
+            is_due = time.monotonic() - saved_at >= config.checkpoint_interval
+            flags = np.array([[signals[0] if signals else 0, is_due]])  # all hosts do the same
+            signal_number, is_due = multihost_utils.process_allgather(flags, tiled=True).max(axis=0)
+            if signal_number or is_due or update == config.num_updates:
+                unrecorded = unrecorded and record(config, run_dir, bar, unrecorded)
+                seconds["run_seconds"] += time.monotonic() - saved_at
+                saved_at = time.monotonic()
+                if not checkpoints.save(update, args=ocp.args.StandardSave((states, seconds))):
+                    raise OSError(f"{run_dir} has a later checkpoint")
+                log_wandb(run_dir, wandb_runs)
+        params = multihost_utils.process_allgather(states.params, tiled=True)
+        if is_first_host:
+            save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
+    except (KeyboardInterrupt, OSError, ValueError) as error:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        if isinstance(error, ValueError):  # tensorstore's, for a full disk
+            raise OSError(str(error)) from error
         raise
-    except (OSError, ValueError) as error:  # such as a full disk
-        fail(f"{error}; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
-    params = multihost_utils.process_allgather(states.params, tiled=True)
-    if recorder:
-        recorder.close()
-        save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
-    if update < config.num_updates:
+    finally:
+        bar.close()
+        lock.close()
+    exit_code = 128 + int(signal_number) if update < config.num_updates else 0
+    log_wandb(run_dir, wandb_runs, exit_code)
+    if exit_code:
         say(to_resume)
+        sys.exit(exit_code)
     return run_dir
 
 
 if __name__ == "__main__":
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # a shell can close it
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        if len(received) == 1:
+            handle.since = time.monotonic()
+            message = "stopping after this chunk of updates (a second Ctrl-C stops at once)"
+            tqdm.write(message, file=sys.stderr)
+        elif time.monotonic() - handle.since > 1:  # sooner, it is one request that came twice
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
     try:
-        main(parse_args(sys.argv[1:]))
+        main(parse_args(sys.argv[1:]), received)
     except KeyboardInterrupt:
-        os._exit(130)  # an ordinary exit would wait for the running chunk
+        os._exit(128 + received[0])  # an ordinary exit would wait for the running chunk
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not str(error).startswith("--"):
+            raise  # a bug
+        print(f"{SCRIPT.name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
