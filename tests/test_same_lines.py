@@ -227,7 +227,8 @@ def test_fix_copies_what_is_shared(tmp_path):
     old, new = BODY.format(x=1), BODY.format(x="sys.a + math.b")
     changed.write_text(HEAD.replace("sys", "sys, math") + new)
     for path in (plain, variant):
-        path.write_text(HEAD + old.replace("# Inside.", "# Old.").replace("only", "not"))
+        text = old.replace("# Inside.", "# Old.").replace("# Above.", "# Old\n# words.")
+        path.write_text(HEAD + text.replace("only", "not"))
     told = "LIMIT, THREADED_BATCH, helper, Record, __name__ == '__main__'"
     assert fix(changed).splitlines() == [
         f"plain.py: {told}",
