@@ -228,8 +228,12 @@ def make_env(env_id: str):
 
     Raises ValueError for an unknown id, or unless observations are Box and actions Discrete.
     """
-    import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
-    from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+    try:  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+        import gymnax
+        from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+    except ImportError as error:
+        needs = "which needs gymnax (pip install gymnax)"
+        raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
 
     if env_id not in gymnax.registered_envs:
         known = ", ".join(gymnax.registered_envs)
@@ -285,7 +289,8 @@ def make_train(config: Config, value_loss=value_loss):
     """
     env, env_params = make_env(config.env_id)
     if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        raise ValueError(f"{config.env_id} has no max_steps_in_episode; set --eval-interval 0")
+        lacks = "whose parameters lack max_steps_in_episode; set --eval-interval 0"
+        raise ValueError(f"--env-id is {config.env_id}, {lacks}")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     num_actions = env.action_space(env_params).n

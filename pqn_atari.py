@@ -45,8 +45,6 @@ import optax
 import orbax.checkpoint as ocp
 import pandas as pd
 import tyro
-from ale_py import ALEInterface, roms
-from ale_py.vector_env import AtariVectorEnv
 from flax import serialization
 from flax.linen.initializers import he_normal, zeros_init
 from jax.experimental import multihost_utils
@@ -313,6 +311,12 @@ def make_env(config: Config, num_envs: int, episodic_life: bool):
     where a step led even at a game's end (but for its very last frame, which ale-py leaves out).
     Raises ValueError for an unknown game.
     """
+    try:  # not at the top: --help works without it
+        from ale_py import ALEInterface, roms
+        from ale_py.vector_env import AtariVectorEnv
+    except ImportError as error:
+        needs = "which needs ale-py (pip install -r requirements-atari.txt)"
+        raise ValueError(f"--env-id is {config.env_id}, {needs}: {error}") from error
     # Of other games, ale-py would end the process.
     games = [x for x in roms.get_all_rom_ids() if ALEInterface.isSupportedROM(roms.get_rom_path(x))]
     if config.env_id not in games:

@@ -312,21 +312,27 @@ def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
     # Imported on demand, as both take seconds; silenced, as they print about missing packages.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         if env_id in brax_ids:
-            from brax import envs
-
             try:
+                from brax import envs
+
                 return envs.get_environment(env_id, backend=backend), 1000
+            except ImportError as error:
+                needs = "which needs brax (pip install brax)"
+                raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
             except (ValueError, AssertionError) as error:
                 message = f"--backend is {backend}; --env-id {env_id} does not support it: {error}"
                 raise ValueError(message) from error
-        with contextlib.suppress(ImportError):
+        try:
             from mujoco_playground import dm_control_suite
-
-            if env_id in dm_control_suite.ALL_ENVS:
-                max_steps = dm_control_suite.get_default_config(env_id).episode_length
-                return dm_control_suite.load(env_id, config_overrides={"impl": "jax"}), max_steps
-            others = (*dm_control_suite.ALL_ENVS, *others)
-    raise ValueError(f"--env-id is {env_id}; it takes one of {', '.join((*brax_ids, *others))}")
+        except ImportError as error:
+            needs = f"a task of dm_control needs playground (pip install playground): {error}"
+            known = ", ".join((*brax_ids, *others))
+            raise ValueError(f"--env-id is {env_id}; {needs}; else one of {known}") from error
+        if env_id in dm_control_suite.ALL_ENVS:
+            max_steps = dm_control_suite.get_default_config(env_id).episode_length
+            return dm_control_suite.load(env_id, config_overrides={"impl": "jax"}), max_steps
+    known = ", ".join((*brax_ids, *dm_control_suite.ALL_ENVS, *others))
+    raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
 
 
 def make_env(env_id: str, backend: str) -> Env:
@@ -334,7 +340,11 @@ def make_env(env_id: str, backend: str) -> Env:
 
     Raises ValueError for an unknown id, spaces other than Box, or a backend that brax lacks for it.
     """
-    import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+    try:  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+        import gymnax
+    except ImportError as error:
+        needs = "which needs gymnax (pip install gymnax)"
+        raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
 
     if env_id in gymnax.registered_envs:
         env, params = gymnax.make(env_id)

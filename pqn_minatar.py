@@ -239,8 +239,12 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 
 def make_env(config: Config):
     """The game with an episode log, and its parameters. Raises ValueError for an unknown id."""
-    import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
-    from gymnax.wrappers import LogWrapper, StickyActionWrapper
+    try:  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+        import gymnax
+        from gymnax.wrappers import LogWrapper, StickyActionWrapper
+    except ImportError as error:
+        needs = "which needs gymnax (pip install gymnax)"
+        raise ValueError(f"--env-id is {config.env_id}, {needs}: {error}") from error
 
     if config.env_id not in GAMES:
         raise ValueError(f"--env-id is {config.env_id}; it takes one of {', '.join(GAMES)}")
@@ -292,7 +296,8 @@ def make_train(config: Config):
     """
     env, env_params = make_env(config)
     if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        raise ValueError(f"{config.env_id} has no max_steps_in_episode; set --eval-interval 0")
+        lacks = "whose parameters lack max_steps_in_episode; set --eval-interval 0"
+        raise ValueError(f"--env-id is {config.env_id}, {lacks}")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)

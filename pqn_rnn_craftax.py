@@ -356,10 +356,13 @@ def change_params(params, changes: tuple[str, ...]):
 
 def make_gymnax(config: Config, num_envs: int):
     """make_env for gymnax."""
-    import gymnax  # not at the top: it takes seconds, and starts JAX before the devices are chosen
-    from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
-
     env_id = config.env_id
+    try:  # not at the top: it takes seconds, and starts JAX before the devices are chosen
+        import gymnax
+        from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+    except ImportError as error:
+        needs = "which needs gymnax (pip install gymnax)"
+        raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
     if env_id not in gymnax.registered_envs:
         known = ", ".join((*CRAFTAX, *gymnax.registered_envs))
         raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
@@ -391,7 +394,11 @@ def make_craftax(config: Config, num_envs: int):
     If any episode ends in a step, num_envs / reset_ratio worlds are generated. Environments whose
     episode ended take them in order, and share them if there are too few.
     """
-    from craftax.craftax_env import make_craftax_env_from_name
+    try:
+        from craftax.craftax_env import make_craftax_env_from_name
+    except ImportError as error:
+        needs = "which needs craftax (pip install craftax)"
+        raise ValueError(f"--env-id is {config.env_id}, {needs}: {error}") from error
 
     if num_envs % config.reset_ratio:
         counts = f"--num-envs {config.num_envs} and --eval-episodes {config.eval_episodes}"

@@ -405,9 +405,13 @@ def make_jaxmarl(env_id: str):
     # prints about missing packages, after setting sys.stdout to sys.__stdout__.
     silent = io.StringIO()
     with contextlib.redirect_stdout(silent), mock.patch.object(sys, "__stdout__", silent):
-        import jaxmarl
-        from jaxmarl.environments.overcooked import overcooked_layouts
-        from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
+        try:
+            import jaxmarl
+            from jaxmarl.environments.overcooked import overcooked_layouts
+            from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
+        except ImportError as error:
+            needs = "which needs jaxmarl (pip install jaxmarl)"
+            raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
 
     maps = {f"smax_{name}": scenario for name, scenario in MAP_NAME_TO_SCENARIO.items()}
     layouts = {f"overcooked_{name}": layout for name, layout in overcooked_layouts.items()}

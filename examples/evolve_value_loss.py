@@ -182,8 +182,11 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     saved = Path(f"{out}.msgpack")
     if saved.exists():
-        state, history = serialization.from_bytes((state, None), saved.read_bytes())
-        history = history.tolist()
+        try:
+            state, history = serialization.from_bytes((state, None), saved.read_bytes())
+            history = history.tolist()
+        except Exception as error:  # many kinds, by where the file is damaged
+            sys.exit(f"{saved} cannot be read, remove it to start anew: {error!r}")
     lives = f"{population} members, {seeds_per_member} training runs each"
     print(f"{lives}, on {mesh.size} devices; compiling takes seconds to a minute")
     bar = tqdm(total=generations, initial=len(history), unit=" generations", disable=None)
@@ -196,7 +199,10 @@ def main(
         state, _ = strategy.tell(tell_key, members, -fitness, state, params)  # it minimises
         seconds = time.monotonic() - started
         history.append([float(fitness.mean()), float(fitness.std()), seconds])
-        saved.write_bytes(serialization.to_bytes((state, np.array(history))))
+        # Written beside it and renamed: a kill leaves the last one or this one, never half of it.
+        new = Path(f"{saved}.new")
+        new.write_bytes(serialization.to_bytes((state, np.array(history))))
+        os.replace(new, saved)
         bar.set_postfix_str(f"return {fitness.mean():.1f} ± {fitness.std():.1f}", refresh=False)
         bar.update()
     bar.close()

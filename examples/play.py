@@ -9,6 +9,7 @@ imageio); as policy.html for brax, to open in a browser.
 
 import dataclasses
 import importlib
+import json
 import os
 import sys
 import warnings
@@ -311,9 +312,15 @@ def main(
         num_episodes: Greedy episodes to score.
         draw: Draw an episode.
     """
-    script = importlib.import_module(run.resolve().name.split("__")[0])
-    config = script.load_config(run)
-    variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
+    try:
+        script = importlib.import_module(json.loads((run / "config.json").read_text())["script"])
+        config = script.load_config(run)
+        variables = serialization.msgpack_restore((run / "params.msgpack").read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, ModuleNotFoundError) as error:
+        sys.exit(f"{run} is not the folder of a finished run: {error!r}")
+    num_seeds = len(jax.tree.leaves(variables)[0])
+    if not 0 <= seed < num_seeds:
+        sys.exit(f"--seed is {seed}; it takes a number from 0 to {num_seeds - 1}")
     variables = jax.tree.map(lambda x: x[seed], variables)
     makers = {
         "make_physics": continuous_player,

@@ -108,8 +108,10 @@ def main(
         max_per_device: At most this many agents at once on a GPU or TPU.
         out: Where the table and the picture go, without suffix.
     """
-    mesh, agents_per_device = start_devices(max_per_device)
     module = importlib.import_module(script)
+    if hasattr(module, "Games"):
+        sys.exit(f"{script} trains one seed per process: its emulators are outside JAX")
+    mesh, agents_per_device = start_devices(max_per_device)
     config = module.parse_args(shlex.split(flags))
     names = [text.partition("=")[0].replace("-", "_") for text in grid]
     values = [[float(value) for value in text.partition("=")[2].split(",")] for text in grid]

@@ -1,6 +1,7 @@
 """Past the end of a run, beyond 2^31, under x64, in environments that cut by rules of their own."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PURE, ROOT, SCRIPTS, WELL, only
+from conftest import PURE, ROOT, SCRIPTS, WELL, having, one_with, only
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -180,7 +181,7 @@ def test_samples_come_from_the_rows_that_are_filled(script, config, monkeypatch)
 @pytest.mark.parametrize("script", ["pqn_cartpole", "ppo_cartpole", "dqn_cartpole"], indirect=True)
 def test_environment_without_a_time_limit(script, config):
     config = dataclasses.replace(config, env_id="Endless")
-    with pytest.raises(ValueError, match="max_steps_in_episode"):
+    with pytest.raises(ValueError, match=r"^--env-id is Endless, .* max_steps_in_episode"):
         script.make_train(config)
     train = script.make_train(dataclasses.replace(config, eval_interval=0))
     _, metrics = jax.eval_shape(train, jax.random.key(0))
@@ -189,14 +190,14 @@ def test_environment_without_a_time_limit(script, config):
 
 @pytest.mark.parametrize("script", ["pqn_rnn_craftax"], indirect=True)
 def test_recurrent_environment_without_a_time_limit(script, config):
-    with pytest.raises(ValueError, match="max_steps_in_episode"):
+    with pytest.raises(ValueError, match=r"^--env-id is Endless, .* max_steps_in_episode"):
         script.make_train(dataclasses.replace(config, env_id="Endless"))
 
 
 @only("learning_starts")
 def test_learning_that_never_starts_is_refused(script, config):
     for learning_starts in (10**6, 12 * 32):
-        with pytest.raises(ValueError, match=f"--learning-starts is {learning_starts}"):
+        with pytest.raises(ValueError, match=f"^--learning-starts is {learning_starts}"):
             dataclasses.replace(config, learning_starts=learning_starts)
     dataclasses.replace(config, learning_starts=11 * 32)
 
@@ -216,15 +217,69 @@ CANNOT_LEARN = [
 
 @pytest.mark.parametrize("script, settings, flag", CANNOT_LEARN, indirect=["script"])
 def test_settings_that_cannot_learn_are_refused(script, config, settings, flag):
-    with pytest.raises(ValueError, match=flag):
+    with pytest.raises(ValueError, match=f"^{flag}"):
         dataclasses.replace(config, **settings)
 
 
 @pytest.mark.parametrize("script", ["pqn_rnn_craftax"], indirect=True)
 @pytest.mark.parametrize("number", ["-3", "0", "1.5"])
 def test_counts_of_an_environment_are_positive(script, config, number):
-    with pytest.raises(ValueError, match=f"memory_length={number}"):
+    with pytest.raises(ValueError, match=f"^--env-params is memory_length={number}; "):
         script.make_train(dataclasses.replace(config, env_params=(f"memory_length={number}",)))
+
+
+# A script, an environment, a module that is missing, and what to install.
+MISSING = [
+    (script, settings.get("env_id"), "gymnax", "gymnax")
+    for script, settings in SCRIPTS.items()
+    if script not in ("pqn_atari", "pqn_vdn_jaxmarl")
+]
+MISSING += [(script, "ant", "brax", "brax") for script in having("make_physics")]
+MISSING += [
+    ("pqn_rnn_craftax", "Craftax-Symbolic-v1", "craftax.craftax_env", "craftax"),
+    ("pqn_vdn_jaxmarl", "smax_3m", "jaxmarl", "jaxmarl"),
+    ("pqn_atari", "pong", "ale_py", "-r requirements-atari.txt"),
+]
+
+
+@pytest.mark.parametrize("name, env_id, module, package", MISSING)
+def test_missing_package(name, env_id, module, package, monkeypatch):
+    """It is a ValueError that names the flag, what to install, and the cause."""
+    script = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, module, None)
+    config = script.Config(**SCRIPTS.get(name, {}) | ({"env_id": env_id} if env_id else {}))
+    with pytest.raises(ValueError) as raised:
+        script.make_train(config)
+    text = str(raised.value)
+    assert text.startswith(f"--env-id is {config.env_id}, which needs ")
+    assert f"(pip install {package}): import of {module} halted" in text
+
+
+@one_with("make_physics")
+def test_playground(script, config, tmp_path, monkeypatch):
+    """What it lacks is named, and no id is said to be unknown; with it, its tasks are listed."""
+    package = tmp_path / "mujoco_playground.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    for text, env_id, told in (
+        ("import no_such_module", "CartpoleBalance", r"; .* playground.*'no_such_module'; "),
+        ("class dm_control_suite: ALL_ENVS = 'A', 'B'", "C", r"; it takes one of ant, .*, A, B, "),
+    ):
+        package.write_text(text)
+        monkeypatch.delitem(sys.modules, "mujoco_playground", raising=False)
+        with pytest.raises(ValueError, match=f"^--env-id is {env_id}{told}"):
+            script.make_train(dataclasses.replace(config, env_id=env_id))
+    monkeypatch.delitem(sys.modules, "mujoco_playground")
+
+
+def test_help_without_ale_py(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    spec = importlib.util.spec_from_file_location("atari_alone", ROOT / "pqn_atari.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--help"])
+    assert stop.value.code == 0 and "--env-id" in capsys.readouterr().out
 
 
 X64 = """

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, SCRIPTS, flags
+from flax import serialization
 from jax.sharding import Mesh
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -51,6 +52,14 @@ def test_sweep(mesh, monkeypatch, tmp_path, capsys):
     assert (tmp_path / "sweep.png").exists()
     with pytest.raises(SystemExit, match="num_envs is not a float field"):
         sweep.main("ppo_cartpole", ("num_envs=4,8", grid[1]))
+
+
+def test_sweep_of_emulators_is_refused(mesh, monkeypatch):
+    """Emulators are outside JAX: several agents would share them, and XLA hang or crash."""
+    sweep = importlib.import_module("sweep")
+    monkeypatch.setattr(sweep, "start_devices", lambda max_per_device: (mesh, 2))
+    with pytest.raises(SystemExit, match=r"^pqn_atari trains one seed per process"):
+        sweep.main("pqn_atari", ("learning_rate=1e-4,1e-3", "td_lambda=0.5,0.9"))
 
 
 def test_wandb_sweep():
@@ -112,6 +121,22 @@ def test_evolution(mesh, monkeypatch, tmp_path, capsys):
     assert whole["mean"].iloc[-1] > whole["mean"].iloc[0] + 0.2
     pd.testing.assert_frame_equal(whole.drop(columns="seconds"), parts.drop(columns="seconds"))
 
+    # Killed while it writes its state: the last one is still there.
+    saved, replace = tmp_path / "parts.msgpack", evolve.os.replace
+    before = saved.read_bytes()
+    monkeypatch.setattr(evolve.os, "replace", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        evolve.main(generations=41, out=tmp_path / "parts", **options)
+    assert saved.read_bytes() == before
+    monkeypatch.setattr(evolve.os, "replace", replace)
+    evolve.main(generations=41, out=tmp_path / "parts", **options)
+    assert {x.name for x in tmp_path.glob("parts.msgpack*")} == {saved.name}
+    for damaged in (saved.read_bytes()[:-9], b"", b"not a state", b"\x80"):
+        saved.write_bytes(damaged)
+        with pytest.raises(SystemExit, match=f"^{saved} cannot be read"):
+            evolve.main(generations=42, out=tmp_path / "parts", **options)
+        assert saved.read_bytes() == damaged
+
 
 def test_evolved_loss_starts_as_the_squared_error():
     evolve, ppo = (
@@ -147,6 +172,7 @@ def test_play(name, monkeypatch, tmp_path, capsys):
         changes |= {"env_id": "smax_skirmish"}
     config = script.Config(**SCRIPTS[name] | changes)
     run = script.main(dataclasses.replace(config, runs_dir=str(tmp_path)))
+    run = run.rename(tmp_path / "another name")  # the script is the one in config.json
     own = pd.read_csv(run / "metrics.csv")["eval/episodic_return"].iloc[-1]
     capsys.readouterr()
     play.main(run, num_episodes=64, draw=name == "ppo_cartpole")
@@ -155,6 +181,38 @@ def test_play(name, monkeypatch, tmp_path, capsys):
     assert abs(mean - own) <= 4 * spread / 64**0.5 * 2**0.5 + 0.1
     assert name != "ppo_cartpole" or own > 60
     assert (run / "policy.gif").exists() == (name == "ppo_cartpole")
+
+
+CONFIG = json.dumps({"script": "pqn_cartpole"})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"config.json": "{"},
+        {"config.json": "[]"},
+        {"config.json": "{}"},
+        {"config.json": '{"script": "no_such_script"}'},
+        {"config.json": CONFIG},  # of a run that was killed
+        {"config.json": CONFIG, "params.msgpack": "\u1234"},
+    ],
+)
+def test_play_of_a_wrong_folder(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("play").main(tmp_path)
+    (line,) = str(stop.value).splitlines()
+    assert line.startswith(f"{tmp_path} is not the folder of a finished run: ")
+
+
+def test_play_of_a_wrong_seed(tmp_path):
+    (tmp_path / "config.json").write_text(CONFIG)
+    (tmp_path / "params.msgpack").write_bytes(serialization.msgpack_serialize({"x": np.ones(2)}))
+    for seed in (2, -1):
+        with pytest.raises(SystemExit, match=f"--seed is {seed}; it takes a number from 0 to 1$"):
+            importlib.import_module("play").main(tmp_path, seed=seed)
 
 
 def test_quickstart(tmp_path, monkeypatch):

@@ -1,9 +1,16 @@
-"""A helper of several scripts is the same to the letter: testing it in one is enough."""
+"""A helper of several scripts is the same to the letter: testing it in one is enough.
 
+    python tests/test_same_lines.py --fix pqn_cartpole.py
+
+copies a helper that was changed there into the other scripts that have it.
+"""
+
+import argparse
 import ast
 import importlib
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -23,15 +30,22 @@ VARIANTS = {
 RULE = "# --- Running it: not needed to copy the algorithm"
 
 
-def definitions(source: str) -> dict[str, str]:
-    """Functions, classes and constants at the top level, as syntax trees in words."""
+def top_level(source: str) -> dict[str, ast.stmt]:
+    """Functions, classes, constants and what runs as a program."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = ast.dump(node)
+            found[node.name] = node
         if isinstance(node, ast.Assign):
-            found[node.targets[0].id] = ast.dump(node)
+            found[node.targets[0].id] = node
+        if isinstance(node, ast.If):
+            found[ast.unparse(node.test)] = node
     return found
+
+
+def definitions(source: str) -> dict[str, str]:
+    """What top_level finds, as syntax trees in words."""
+    return {name: ast.dump(node) for name, node in top_level(source).items()}
 
 
 def drift(sources: dict[str, str]) -> list[str]:
@@ -119,3 +133,121 @@ def test_inline_dependencies(sources):
         content = [line[2:] for line in match["content"].splitlines()]
         needs = tomllib.loads("\n".join(content))["dependencies"]
         assert match["type"] == "script" and set(needs) <= required, name
+
+
+def span(node: ast.stmt, lines: list[str]) -> slice:
+    """The lines of a definition, with its decorators and the comments directly above."""
+    first = min(x.lineno for x in [node, *getattr(node, "decorator_list", [])]) - 1
+    while first and lines[first - 1].startswith("#"):
+        first -= 1
+    return slice(first, node.end_lineno)
+
+
+def unknown(node: ast.stmt, source: str, other: str) -> set[str]:
+    """Names in a definition that source defines or imports at the top, and the other does not."""
+    known = []
+    for text in (source, other):
+        imports = [x for x in ast.parse(text).body if isinstance(x, ast.Import | ast.ImportFrom)]
+        aliases = [alias for x in imports for alias in x.names]
+        known.append({*top_level(text), *(x.asname or x.name.split(".")[0] for x in aliases)})
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} & (known[0] - known[1])
+
+
+def fix(changed: Path) -> str:
+    """Copies what a script defines to the scripts beside it that define it too; says what."""
+    source, told = changed.read_text(), []
+    source_lines, source_nodes = source.splitlines(keepends=True), top_level(source)
+    for path in sorted(set(changed.parent.glob("*.py")) - {changed}):
+        text = path.read_text()
+        lines, own = text.splitlines(keepends=True), top_level(text)
+        pairs = {
+            name: (span(own[name], lines), source_lines[span(node, source_lines)])
+            for name, node in source_nodes.items()
+            if name in own and name not in OWN
+            if not {changed.stem, path.stem} & VARIANTS.get(name, set())
+        }
+        copied = [name for name, (old, new) in pairs.items() if lines[old] != new]
+        for old, new in sorted(pairs.values(), key=lambda pair: -pair[0].start):  # from below
+            lines[old] = new
+        lacks = set().union(*(unknown(source_nodes[name], source, text) for name in copied))
+        if copied:
+            path.write_text("".join(lines))
+            told.append(f"{path.name}: {', '.join(copied)}")
+        if lacks:
+            told.append(f"{path.name} still lacks {', '.join(sorted(lacks))}")
+    return "\n".join(told) or "nothing to copy"
+
+
+def test_fix_has_nothing_to_do(sources, tmp_path):
+    """Comments are the same, too; nothing is written."""
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    for name in sources:
+        assert fix(tmp_path / f"{name}.py") == "nothing to copy"
+    assert {path.stem: path.read_text() for path in tmp_path.iterdir()} == sources
+
+
+HEAD = "import sys\n\n# --- A rule ---\n\n"
+BODY = """# Above.
+LIMIT = [
+    {x},  # a comment
+]
+THREADED_BATCH = {x}
+
+
+@decorated({x})
+def helper(a):  # another comment
+    # Inside.
+    return a + {x}
+
+
+class Config:
+    x = {x}
+
+
+class Record:
+    x = {x}
+
+
+def only_here():
+    return {x}
+
+
+if __name__ == "__main__":
+    # Inside.
+    helper({x})
+"""
+
+
+def test_fix_copies_what_is_shared(tmp_path):
+    """With comments and decorators; OWN, VARIANTS and what the others do not have stay."""
+    changed, plain, variant = (
+        tmp_path / f"{name}.py" for name in ("changed", "plain", "pqn_atari")
+    )
+    old, new = BODY.format(x=1), BODY.format(x="sys.a + math.b")
+    changed.write_text(HEAD.replace("sys", "sys, math") + new)
+    for path in (plain, variant):
+        text = old.replace("# Inside.", "# Old.").replace("# Above.", "# Old\n# words.")
+        path.write_text(HEAD + text.replace("only", "not"))
+    told = "LIMIT, THREADED_BATCH, helper, Record, __name__ == '__main__'"
+    assert fix(changed).splitlines() == [
+        f"plain.py: {told}",
+        "plain.py still lacks math",
+        f"pqn_atari.py: {told.replace('THREADED_BATCH, ', '')}",
+        "pqn_atari.py still lacks math",
+    ]
+    for kept in ("class Config:\n    x = {x}", "def only_here():\n    return {x}"):
+        new = new.replace(kept.format(x="sys.a + math.b"), kept.format(x=1))
+    new = new.replace("only", "not")
+    assert plain.read_text() == HEAD + new
+    batch = "THREADED_BATCH = {x}\n"
+    new = new.replace(batch.format(x="sys.a + math.b"), batch.format(x=1))
+    assert variant.read_text() == HEAD + new
+    variant.write_text(HEAD + new.replace(batch.format(x=1), batch.format(x=2)))
+    assert "THREADED_BATCH" not in fix(variant)  # nor is a variant copied to the others
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fix", type=Path, required=True, metavar="SCRIPT", help="copy from it")
+    print(fix(parser.parse_args().fix.resolve()))
