@@ -26,8 +26,10 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -698,10 +700,10 @@ def start_wandb(config: Config, run_dir: Path) -> list:
 
     name = json.loads((run_dir / "config.json").read_text())["name"]
     seeds = [f"seed-{config.seed + i}" for i in range(config.num_seeds)]
-    options = {"project": config.wandb_project, "entity": config.wandb_entity, "dir": run_dir}
+    options = {"project": config.wandb_project, "entity": config.wandb_entity}
     options |= {"group": name, "tags": config.wandb_tags, "mode": config.wandb_mode}
     options |= {"config": dataclasses.asdict(config), "resume": "allow", "reinit": "create_new"}
-    options |= {"settings": wandb.Settings(silent=True, console="off")}
+    options |= {"dir": run_dir.resolve(), "settings": wandb.Settings(silent=True, console="off")}
     try:
         seeds = seeds if len(seeds) <= 16 else ["mean"]
         runs = [wandb.init(name=seed, id=f"{name}-{seed}", **options) for seed in seeds]
@@ -813,15 +815,15 @@ def find_run(config: Config) -> tuple[Path, int]:
 
 def main(config: Config, signals: Sequence[int] = ()) -> Path:
     """Trains until the end, or until a signal's number is in signals; returns the run folder."""
-    mesh, is_first_host = start_devices(config), jax.process_index() == 0
+    mesh, is_first = start_devices(config), jax.process_index() == 0
     run_dir, update = find_run(config)
     if update == config.num_updates and (run_dir / "metadata.json").exists():
         say(f"{run_dir} is finished: all {update} updates are done")
         return run_dir
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     title = f"{config.env_id}, {config.num_seeds} seed{'s'[: config.num_seeds - 1]} on {device}"
-    title += f", from update {update} with new games" * (update > 0)
-    say(f"{SCRIPT.stem}: {title}, in {run_dir}; compiling takes seconds to a minute")
+    games = ", with new games" if update else ""
+    say(f"{SCRIPT.stem}: {title}, in {run_dir}{games}; compiling takes seconds to a minute")
     started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
     init, run_chunk = make_programs(config, make_train(config), mesh)
     lock, wandb_runs, checkpoints = start_run(config, run_dir)
@@ -836,7 +838,7 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
     seconds["compile_seconds"] += saved_at - started
     size = config.steps_per_update * config.num_seeds
     options = {"total": config.num_updates * size, "initial": update * size, "unit": " steps"}
-    bar = tqdm(**options, unit_scale=True, disable=None if is_first_host else True)
+    bar = lock.enter_context(tqdm(**options, unit_scale=True, disable=None if is_first else True))
     bar.last_print_t, unrecorded, signal_number = time.time(), None, 0
     to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
     try:
@@ -846,7 +848,7 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
             states, metrics = run_chunk(np.int32(update), states)
             if unrecorded:  # the chunk before, while this one runs
                 record(config, run_dir, bar, unrecorded)
-            unrecorded = metrics if is_first_host else None
+            unrecorded = metrics if is_first else None
             while not metrics["global_step"].is_ready():  # Python handles no signals inside JAX
                 time.sleep(0.001)
             update += metrics["global_step"].shape[1]
@@ -861,7 +863,7 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
                     raise OSError(f"{run_dir} has a later checkpoint")
                 log_wandb(run_dir, wandb_runs)
         params = multihost_utils.process_allgather(states.params, tiled=True)
-        if is_first_host:
+        if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
     except (KeyboardInterrupt, OSError, ValueError) as error:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
@@ -869,7 +871,6 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
             raise OSError(str(error)) from error
         raise
     finally:
-        bar.close()
         lock.close()
     exit_code = 128 + int(signal_number) if update < config.num_updates else 0
     log_wandb(run_dir, wandb_runs, exit_code)
@@ -894,6 +895,11 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    for logger in ("absl", "asyncio"):  # orbax also logs the errors that it raises
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    if jax.config.jax_compilation_cache_dir is None:  # so that a second start does not compile
+        cache = Path.home() / ".cache" / "jax" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         main(parse_args(sys.argv[1:]), received)
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """What Atari alone has: emulators outside JAX, steps that are none, lives, the Nature network."""
 
-import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -213,7 +212,7 @@ def test_no_callback():
 )
 def test_unknown_game(env_id, hint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(atari, ["--env-id", env_id])
+    assert run(atari, ["--env-id", env_id]) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert f"--env-id is {env_id}" in last_line and hint in last_line.split("such as")[1]
 
@@ -223,14 +222,16 @@ def test_resumed_run_starts_new_games(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(atari.Config, "steps_per_update", 2**13)  # an update is a chunk
     flags = [*tiny_flags("pqn_atari"), "--total-timesteps=128", f"--runs-dir={tmp_path}"]
     flags += ["--env-id=freeway"]  # its first frames tell games apart
+    record, restore, signals, restored = atari.record, atari.restore, [], []
     with monkeypatch.context() as patch:
-        patch.setattr(atari, "caught_signals", lambda _: contextlib.nullcontext([15]))
-        folder = atari.main(atari.parse_args(flags))
-    restored, restore = [], atari.restore
+        patch.setattr(atari, "record", lambda *args: signals.append(15) or record(*args))
+        with pytest.raises(SystemExit):
+            atari.main(atari.parse_args(flags), signals)
+    (folder,) = tmp_path.iterdir()
 
-    def watched(checkpoints, update, fresh):
-        restored.append(jax.device_get((fresh, *restore(checkpoints, update, fresh))))
-        return restore(checkpoints, update, fresh)
+    def watched(*args):
+        restored.append(jax.device_get((args[-1][0], *restore(*args))))
+        return restore(*args)
 
     params = (folder / "params.msgpack").read_bytes()
     monkeypatch.setattr(atari, "restore", watched)
@@ -241,8 +242,8 @@ def test_resumed_run_starts_new_games(tmp_path, monkeypatch, capsys):
     assert_equal((states.games, states.eval_handle), (fresh.games, fresh.eval_handle))
     first = atari.make_train(atari.load_config(folder)).init(jax.random.key(0)).games
     assert (states.games.obs[0] != first.obs).any()  # not the first ones again
-    assert states.update == [1]
-    assert "from update 1 with new games" in capsys.readouterr().err.splitlines()[0]
+    assert states.update == [2]
+    assert "with new games" in capsys.readouterr().err.splitlines()[0]
     table = pd.read_csv(folder / "metrics.csv")
     np.testing.assert_array_equal(table["global_step"], [32, 64, 96, 128])
     assert json.loads((folder / "metadata.json").read_text())["updates"] == 4

@@ -1,9 +1,12 @@
 """Flags that cannot work end in words that name them, with exit code 2, and nothing is written."""
 
 import json
+import runpy
+import signal
+import sys
 
 import pytest
-from conftest import SCRIPTS, flags, having
+from conftest import ROOT, SCRIPTS, flags, having
 
 # What each flag does not take; a script is tried with those of its own flags.
 BAD = {
@@ -47,16 +50,25 @@ CASES += [
 
 
 def run(script, arguments):
-    """Runs the script in this process; it is to end with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        script.main(script.parse_args([*map(str, arguments)]))
-    assert stop.value.code == 2
+    """Runs the script as a program, within this process; returns its exit code."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = sys.argv, *map(signal.getsignal, numbers)
+    sys.argv = [f"{script.__name__}.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv, *handlers = before
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("script, flag", CASES, indirect=["script"])
 def test_bad_flag(script, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(script, [*([] if flag.startswith("--resume") else flags(script.__name__)), flag])
+    sizes = [] if flag.startswith("--resume") else flags(script.__name__)
+    assert run(script, [*sizes, flag]) == 2
     output, errors = capsys.readouterr()
     assert output == "" and not list(tmp_path.iterdir()) and "Traceback" not in errors
     text = " ".join(errors.replace("│", " ").split())
@@ -72,6 +84,26 @@ def test_numbers(script):
         assert (config.total_timesteps, config.checkpoint_interval) == (10_000_000, 1e7)
     config = script.parse_args(["--anneal-lr=False", "--anneal_lr=True", "--distributed=false"])
     assert (config.anneal_lr, config.distributed) == (True, False)
+    assert script.parse_args(["--eval_interval=7.0"]).eval_interval == 7
+
+
+def test_text_stays_as_typed(script):
+    """Though it looks like a number, a list or a boolean."""
+    config = script.parse_args(
+        ["--wandb-tags=26e7694", "--wandb-project", "12e4567", "--runs-dir=20e5"]
+    )
+    assert config.wandb_tags == ("26e7694",)
+    assert (config.wandb_project, config.runs_dir) == ("12e4567", "20e5")
+    config = script.parse_args(["--wandb-project=false", "--runs-dir=[64, 64]"])
+    assert (config.wandb_project, config.runs_dir) == ("false", "[64, 64]")
+
+
+@pytest.mark.parametrize("script", having("hidden_sizes"), indirect=True)
+def test_lists_of_sweeps(script):
+    """As wandb's agent and a shell write them."""
+    for words in (["--hidden_sizes=[64, 64]"], ["--hidden-sizes", "64", "6.4e1"]):
+        assert script.parse_args(words).hidden_sizes == (64, 64)
+    assert script.parse_args(["--wandb_tags=['a', 'b']"]).wandb_tags == ("a", "b")
 
 
 def test_help(script, capsys):
@@ -91,7 +123,7 @@ DAMAGED += [json.dumps(SAVED | {"no_such_field": 1})]
 @pytest.mark.parametrize("text", DAMAGED)
 def test_resume_of_a_broken_configuration(script, text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
-    run(script, ["--resume", tmp_path])
+    assert run(script, ["--resume", tmp_path]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--resume is {tmp_path}; it takes a run folder" in line
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

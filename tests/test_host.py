@@ -1,18 +1,25 @@
 """main within a process: refusals, signals, threads, what it tells; the same in every script."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import signal
+import sys
 import threading
 import time
 
+import gymnax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import SCRIPTS
+from gymnax.environments.classic_control.cartpole import CartPole
 from test_bad_flags import run
 from test_script import read_rows, wandb_history
+from tqdm import tqdm
 
 import pqn_cartpole as script
 
@@ -37,10 +44,19 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def resume(folder, *flags):
+    return script.main(script.parse_args(["--resume", str(folder), *flags]))
+
+
+@pytest.fixture
+def no_compiling(monkeypatch):
+    monkeypatch.setattr(script.jax.stages.Lowered, "compile", None)
+
+
 def test_finished_run_is_not_touched(finished, capsys):
     before = contents(finished)
-    assert script.main(script.parse_args(["--resume", str(finished)])) == finished
-    assert f"{finished} is finished" in capsys.readouterr().out
+    assert resume(finished) == finished
+    assert f"{finished} is finished" in capsys.readouterr().err
     assert contents(finished) == before
 
 
@@ -54,11 +70,12 @@ def test_finished_run_is_not_touched(finished, capsys):
 )
 def test_resumed_run_keeps_its_flags(stopped, flag, words, capsys):
     before = contents(stopped)
-    run(script, ["--resume", stopped, flag])
+    assert run(script, ["--resume", stopped, flag]) == 2
     assert words in capsys.readouterr().err and contents(stopped) == before
 
 
 def test_resume_takes_flags_that_do_not_change_the_results(stopped):
+    # With the default of the other sizes, 4 environments are none that the minibatches divide.
     flags = ["--num-envs=4", "--checkpoint-interval=5", "--wandb-mode=offline", "--wandb-tags=b"]
     config = script.parse_args(["--resume", str(stopped), *flags])
     assert (config.checkpoint_interval, config.wandb_mode, config.wandb_tags) == (
@@ -70,34 +87,37 @@ def test_resume_takes_flags_that_do_not_change_the_results(stopped):
     (stopped / "params.msgpack").unlink()
     script.main(config)
     assert (stopped / "params.msgpack").read_bytes() == before  # of the state that was loaded
+    histories = [wandb_history(path)[1] for path in stopped.glob("wandb/offline-run-*/run-*.wandb")]
+    assert [len(history) for history in histories] == [12]  # wandb gets what it has not
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
         (lambda run: shutil.rmtree(run / "checkpoints"), "it has no checkpoint yet"),
-        (
-            lambda run: damage(run / "checkpoints/12/states/manifest.ocdbt", b"0" * 99),
-            "checkpoints",
-        ),
-        (lambda run: damage(run / "checkpoints/12/states/_METADATA", b"{"), "checkpoints"),
+        (lambda run: damage(checkpoint(run) / "manifest.ocdbt", b"0" * 99), "is damaged"),
+        (lambda run: damage(checkpoint(run) / "_METADATA", b"{"), "is damaged"),
         (lambda run: damage(run / "metrics.csv", b"seed,a\n"), "metrics.csv lacks rows"),
-        (lambda run: damage(run / "metrics.csv", b""), "metrics.csv"),
+        (lambda run: damage(run / "metrics.csv", b""), "is damaged"),
         (lambda run: drop_row(run / "metrics.csv"), "metrics.csv lacks rows"),
         (lambda run: edit(run / "config.json", script="dqn_cartpole"), "a run of dqn_cartpole.py"),
         (lambda run: edit(run / "config.json", hidden_size=8), "not compatible"),
     ],
 )
-def test_damaged_run(stopped, damage, words, capsys):
+def test_damaged_run(stopped, damage, words):
     damage(stopped)
     before = contents(stopped)
-    run(script, ["--resume", stopped])
-    *_, last_line = capsys.readouterr().err.splitlines()
-    assert words in last_line and str(stopped) in last_line
-    assert contents(stopped) == before
+    with pytest.raises(ValueError, match=f"^--resume.*{stopped}.*") as error:
+        resume(stopped)
+    assert words in str(error.value) and contents(stopped) == before
+
+
+def checkpoint(folder):
+    return folder / "checkpoints" / "12" / "default"
 
 
 def damage(path, data):
+    assert path.exists()
     path.write_bytes(data)
 
 
@@ -109,25 +129,59 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_rows_after_the_checkpoint_are_dropped(stopped):
+    """Also half a row; and those that it covers stay, with the line ends of another system."""
+    before = (stopped / "metrics.csv").read_bytes()
+    rows = before.splitlines(keepends=True)
+    (stopped / "metrics.csv").write_bytes(before.replace(b"\n", b"\r\n") + rows[3] + rows[4][:9])
+    resume(stopped)
+    assert (stopped / "metrics.csv").read_bytes() == before
+
+
 @pytest.mark.parametrize("runs_dir", ["file", "/proc/nowhere"])
-def test_folder_that_cannot_be_made(runs_dir, tmp_path, monkeypatch, capsys):
+def test_folder_that_cannot_be_made(runs_dir, tmp_path, monkeypatch, no_compiling):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(script.jax.stages.Lowered, "compile", None)  # before compiling
-    with pytest.raises(SystemExit):
+    with pytest.raises(OSError, match=runs_dir):
         script.main(dataclasses.replace(TINY, runs_dir=runs_dir))
-    assert runs_dir in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_wandb_without_login_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_folder_is_of_one_run(tmp_path, monkeypatch, no_compiling):
+    """Two runs of one seed and environment at the same time."""
+    monkeypatch.setattr(time, "time_ns", lambda: 1_234_567_890_123_456_789)
+    config = dataclasses.replace(TINY, runs_dir=str(tmp_path))
+    with pytest.raises(TypeError):
+        script.main(config)  # compiling fails, the folder is there
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError):
+        script.main(dataclasses.replace(config, gamma=0.5))
+    assert before and contents(tmp_path) == before
+    assert os.listdir(tmp_path) == ["pqn_cartpole__CartPole-v1__0__1234567890123456"]
+
+
+def test_a_run_is_trained_by_one_process(stopped, capsys):
+    with (stopped / "config.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = contents(stopped)
+        assert run(script, ["--resume", stopped]) == 2
+        assert contents(stopped) == before
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"--resume is {stopped}, which another process still trains" in line
+    resume(stopped)
+
+
+def test_folder_of_an_environment_with_a_slash(tmp_path):
+    gymnax.register("Mine/CartPole", CartPole)
+    config = dataclasses.replace(TINY, runs_dir=str(tmp_path), env_id="Mine/CartPole")
+    assert script.main(config).parent == tmp_path
+
+
+def test_wandb_without_login(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(script.jax.stages.Lowered, "compile", None)
-    config = dataclasses.replace(TINY, runs_dir=str(tmp_path / "runs"), wandb_mode="online")
-    with pytest.raises(SystemExit):
-        script.main(config)
-    assert "--wandb-mode is online" in capsys.readouterr().err.splitlines()[-1]
-    assert not list((tmp_path / "runs").iterdir())
+    assert run(script, ["--wandb-mode=online", f"--runs-dir={tmp_path}", "--num-seeds=2"]) == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert "compiling" in first and "--wandb-mode is online" in last
 
 
 def test_wandb_without_login_leaves_a_stopped_run(stopped, monkeypatch, tmp_path, capsys):
@@ -137,10 +191,26 @@ def test_wandb_without_login_leaves_a_stopped_run(stopped, monkeypatch, tmp_path
     damage(stopped / "metrics.csv", (stopped / "metrics.csv").read_bytes() + b"a row too many\n")
     edit(stopped / "config.json", total_timesteps=24 * 32)  # not yet finished
     before = contents(stopped)
-    run(script, ["--resume", stopped, "--wandb-mode=online"])
+    assert run(script, ["--resume", stopped, "--wandb-mode=online"]) == 2
     assert "--wandb-mode is online" in capsys.readouterr().err.splitlines()[-1]
     after = {path: data for path, data in contents(stopped).items() if "wandb" not in path.parts}
     assert after == before
+
+
+def test_wandb_ids_are_those_of_the_first_start(tmp_path, monkeypatch):
+    """Resumed inside of its folder, which was renamed."""
+    config = dataclasses.replace(TINY, runs_dir=str(tmp_path / "runs"), wandb_mode="offline")
+    folder = script.main(config)
+    (folder / "metadata.json").unlink()
+    (folder / "wandb" / "step").unlink()
+    monkeypatch.chdir(folder.rename(tmp_path / "renamed"))
+    resume(".", "--wandb-mode=offline")
+    runs = [
+        wandb_history(path)[0]
+        for path in (tmp_path / "renamed").glob("wandb/offline-run-*/run-*.wandb")
+    ]
+    assert {(x.run_id, x.run_group) for x in runs} == {(f"{folder.name}-seed-0", folder.name)}
+    assert len(runs) == 2
 
 
 def test_in_a_thread(tmp_path):
@@ -153,38 +223,137 @@ def test_in_a_thread(tmp_path):
     assert (folder / "metadata.json").exists()
 
 
-def test_signal_handlers_are_given_back(tmp_path, monkeypatch):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
+def test_main_sets_no_signal_handlers(tmp_path, monkeypatch):
     def record(*_):
-        inside.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+        inside.extend(map(signal.getsignal, numbers))
         raise ZeroDivisionError
 
-    inside = []
-    monkeypatch.setattr(script.Recorder, "record", record)
+    numbers, inside = (signal.SIGINT, signal.SIGTERM), []
+    before = [*map(signal.getsignal, numbers)]
+    monkeypatch.setattr(script, "record", record)
     with pytest.raises(ZeroDivisionError):
         script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path)))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert not set(inside) & set(handlers)
+    assert inside == before
 
 
-def test_one_seed_has_no_spread(finished, tmp_path, capsys):
-    words = script.plot_returns(TINY, finished)
+def test_stopped_by_a_signal(tmp_path, monkeypatch):
+    """Saved, and not taken for finished; nothing of this is seen in the results."""
+    monkeypatch.setattr(script, "make_programs", one_update_a_chunk)
+    whole = script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path / "whole")))
+    record, signals = script.record, []
+    monkeypatch.setattr(script, "record", lambda *args: signals.append(15) or record(*args))
+    with pytest.raises(SystemExit) as stop:
+        script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path / "parts")), signals)
+    assert stop.value.code == 128 + 15
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert 0 < json.loads((folder / "metadata.json").read_text())["updates"] < 12
+    resume(folder)
+    for name in ("params.msgpack", "metrics.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+make_programs = script.make_programs
+
+
+def one_update_a_chunk(config, train, mesh):
+    def short(**arguments):
+        return train(**arguments | {"num_updates": 1})
+
+    short.init = train.init
+    return make_programs(config, short, mesh)
+
+
+def test_signals_while_compiling(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path)), [2])
+    assert "nothing was saved" in capsys.readouterr().err
+
+
+def test_without_stderr(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    config = script.parse_args([])
+    assert run(script, [*flags_of(TINY, config), f"--runs-dir={tmp_path}"]) is None
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "metadata.json").exists()
+
+
+def flags_of(config, default):
+    values = {name: x for name, x in vars(config).items() if x != getattr(default, name)}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    """A ValueError that names no flag is not a user's mistake."""
+    monkeypatch.setattr(script.jax.stages.Lowered, "compile", raise_value_error)
+    with pytest.raises(ValueError, match="a bug"):
+        run(script, [f"--runs-dir={tmp_path}"])
+
+
+def raise_value_error(*_):
+    raise ValueError("a bug")
+
+
+def last_lines(config, folder, columns, capsys):
+    """What is told of the returns of a run whose metrics.csv has these columns."""
+    (folder / "metrics.csv").write_text("")
+    table = pd.DataFrame({"losses/grad_norm": 1.0} | columns)
+    table.to_csv(folder / "metrics.csv", index=False)
+    metadata = {"updates": 12, "device": "a device", "run_seconds": 1.0, "compile_seconds": 1.0}
+    script.save_results(config, folder, {}, metadata)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_one_seed_has_no_spread(finished, capsys, tmp_path):
     rows = read_rows(finished)
-    last = np.mean([float(row["charts/episodic_return"]) for row in rows[-2:]])  # of 12 updates
-    greedy = float(rows[-1]["eval/episodic_return"])
-    assert words == f"return while exploring {last:.1f}, greedy {greedy:.1f}"
+    columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+    line, *_ = last_lines(TINY, tmp_path, columns, capsys)
+    last = np.mean(columns["charts/episodic_return"][-2:])  # of 12 updates
+    greedy = columns["eval/episodic_return"][-1]
+    assert line == f"12 of 12 updates, return while exploring {last:.1f}, greedy {greedy:.1f}"
 
 
-def test_log_gets_plain_lines(finished, monkeypatch, tmp_path, capsys):
+def test_seeds_whose_episodes_end_at_other_times(tmp_path, capsys):
+    """Each seed's own last value, then the mean over seeds, in the summary and in the curve."""
+    curves = []
+
+    def plot(axes, steps, returns, *args, **kwargs):
+        curves.append(dict(zip(steps, returns, strict=True)))
+
+    returns = np.full((100, 2), np.nan)
+    returns[:, 0], returns[49, 1] = 10, 1000
+    steps = np.arange(1, 101)
+    columns = {"seed": np.tile([0, 1], 100), "global_step": np.repeat(steps, 2)}
+    columns |= {"charts/episodic_return": returns.ravel()}
+    config = dataclasses.replace(TINY, num_seeds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.axes.Axes.plot", plot)
+        patch.setattr("matplotlib.axes.Axes.legend", lambda axes: None)
+        line, *_ = last_lines(config, tmp_path, columns, capsys)
+    assert line.endswith("return while exploring 505.0 (seeds 10.0 to 1000.0)")
+    (curve,) = curves
+    assert curve == {step: 10 if step < 50 else 505 for step in steps}
+
+
+def test_nan_is_named_in_the_summary(tmp_path, capsys):
+    columns = {"seed": [0, 1] * 3, "global_step": [32, 32, 64, 64, 96, 96]}
+    columns |= {"charts/episodic_return": 1.0, "losses/grad_norm": [1, 1, 1, np.nan, 1, np.nan]}
+    lines = last_lines(dataclasses.replace(TINY, num_seeds=2), tmp_path, columns, capsys)
+    assert lines[1] == "seed 1: NaN in the loss from step 64 on"
+
+
+def test_log_gets_plain_lines(finished, tmp_path, capsys):
     columns = list(read_rows(finished)[0])[1:]
-    recorder = script.Recorder(TINY, tmp_path, columns, 0)
     metrics = {name: jnp.full((1, 3), 7.0) for name in columns}
-    recorder.record(0, metrics)
+    bar = tqdm(disable=True)
+    bar.last_print_t = time.time()
+    script.record(TINY, tmp_path, bar, dict(metrics))
     assert capsys.readouterr().err == ""
-    recorder.printed_at = time.monotonic() - 31
-    recorder.record(3, metrics)
-    assert capsys.readouterr().err == "update 6 of 12, return 7.0\n"
+    bar.last_print_t -= 31
+    metrics["losses/grad_norm"] = jnp.array([[1.0, jnp.nan, 1]])
+    script.record(TINY, tmp_path, bar, metrics)
+    words = "step 7.0 of 384, return 7.0, NaN in the loss of seed 0\n"
+    assert capsys.readouterr().err == words
+    assert len(read_rows(tmp_path)) == 6
 
 
 def test_wandb_of_many_seeds(tmp_path):
