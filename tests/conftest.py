@@ -42,7 +42,9 @@ SCRIPTS = {
     | {"buffer_size": 100, "batch_size": 8, "learning_starts": 64},
     "pqn_rnn_craftax": ROLLOUTS | {"num_layers": 1, "env_id": "MemoryChain-bsuite"},
     "pqn_vdn_jaxmarl": ROLLOUTS | {"num_layers": 1, "env_id": "smax_3m"},
-    "pqn_atari": ROLLOUTS | {"num_channels": 2, "eval_steps": 4, "epsilon_finish": 0.05},
+    "pqn_atari": ROLLOUTS
+    | {"num_channels": 2, "eval_steps": 4, "epsilon_finish": 0.05}
+    | {"num_envs": 2, "num_steps": 16, "eval_episodes": 1},  # an emulator starts in 0.4 seconds
     "pql_isaac_style": SIZES
     | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
     | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},
