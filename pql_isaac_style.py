@@ -1147,12 +1147,12 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
     init, run_chunk = make_programs(config, make_train(config), mesh)
     lock, wandb_runs, checkpoints = start_run(config, run_dir)
     seeds = config.seed + np.arange(config.num_seeds)
+    shapes = init.eval_shape(seeds)
     if update:
-        shapes = init.eval_shape(seeds), seconds
-        states, seconds = restore(config, run_dir, checkpoints, update, shapes)
+        states, seconds = restore(config, run_dir, checkpoints, update, (shapes, seconds))
     else:
         states = init(seeds)
-    run_chunk = run_chunk.lower(np.int32(0), states).compile()
+    run_chunk = run_chunk.lower(np.int32(0), shapes).compile()
     saved_at = time.monotonic()
     seconds["compile_seconds"] += saved_at - started
     size = config.steps_per_update * config.num_seeds
