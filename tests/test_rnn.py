@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import FAST_COMPILING, ROOT, SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import assert_equal
@@ -21,6 +21,7 @@ TINY = rnn.Config(**SCRIPTS["pqn_rnn_craftax"])
 LSTM, NORM = rnn.LSTM(5, 1.0), rnn.BatchRenorm(momentum=0.9)
 init_lstm, apply_lstm = jax.jit(LSTM.init), jax.jit(LSTM.apply)
 apply_norm = jax.jit(functools.partial(NORM.apply, train=True, mutable=["batch_stats"]))
+use_norm = jax.jit(functools.partial(NORM.apply, train=False))
 
 
 @given(resets=st.floats(0, 1), seed=st.integers(0, 99))
@@ -45,8 +46,8 @@ def test_lstm_against_flax():
     import flax.linen as nn
 
     x, zeros = jax.random.normal(jax.random.key(0), (9, 4, 3)), jnp.zeros((4, 5))
-    lstm = rnn.LSTM(5)
-    params = lstm.init(jax.random.key(1), (zeros, zeros), x, jnp.zeros((9, 4), bool))["params"]
+    clear = jnp.zeros((9, 4), bool)
+    params = init_lstm(jax.random.key(1), (zeros, zeros), x, clear)["params"]
     params["Dense_0"]["bias"] += jax.random.normal(jax.random.key(2), (20,))
     inputs = jnp.split(params["Dense_0"]["kernel"], 4, axis=1)
     recurrent = zip(
@@ -57,10 +58,10 @@ def test_lstm_against_flax():
         f"h{gate}": {"kernel": kernel, "bias": bias}
         for gate, (kernel, bias) in zip("ifgo", recurrent, strict=True)
     }
-    _, ours = lstm.apply({"params": params}, (zeros, zeros), x, jnp.zeros((9, 4), bool))
-    carry, cell = (zeros, zeros), nn.OptimizedLSTMCell(5)
+    _, ours = apply_lstm({"params": params}, (zeros, zeros), x, clear)
+    carry, cell = (zeros, zeros), jax.jit(nn.OptimizedLSTMCell(5).apply)
     for t in range(9):
-        carry, expected = cell.apply({"params": theirs}, carry, x[t])
+        carry, expected = cell({"params": theirs}, carry, x[t])
         np.testing.assert_allclose(ours[t], expected, atol=1e-5)
 
 
@@ -74,7 +75,8 @@ def test_q_values_of_a_rollout_are_recomputed():
     hidden = jax.random.normal(jax.random.key(1), (2, 4, config.hidden_size))
     first = hidden = hidden[0], hidden[1]
     last_action, start = jnp.zeros(4, jnp.int32), jnp.array([True, False, True, False])
-    variables = network.init(jax.random.key(2), hidden, obs[None], last_action[None], start[None])
+    init = jax.jit(network.init)
+    variables = init(jax.random.key(2), hidden, obs[None], last_action[None], start[None])
     steps, values = [], []
     for t in range(20):
         steps.append((obs, last_action, start))
@@ -87,7 +89,8 @@ def test_q_values_of_a_rollout_are_recomputed():
         start = terminated | truncated
     rollout = [jnp.stack(x) for x in zip(*steps, strict=True)]
     assert rollout[2][1:].any()
-    (_, again), _ = network.apply(variables, first, *rollout, train=True, mutable=["batch_stats"])
+    train = functools.partial(network.apply, train=True, mutable=["batch_stats"])
+    (_, again), _ = jax.jit(train)(variables, first, *rollout)
     np.testing.assert_allclose(again, jnp.stack(values), atol=1e-5)
 
 
@@ -97,10 +100,9 @@ def test_without_memory_the_past_is_forgotten():
     zeros, start = jnp.zeros((1, TINY.hidden_size)), jnp.zeros((6, 1), bool)
     for memory in (True, False):
         network = rnn.QNetwork(2, dataclasses.replace(TINY, memory=memory, norm_input=False))
-        variables = network.init(jax.random.key(1), (zeros, zeros), obs[0], action, start)
-        last = [
-            network.apply(variables, (zeros, zeros), past, action, start)[1][-1] for past in obs
-        ]
+        init, act = jax.jit(network.init), jax.jit(network.apply)
+        variables = init(jax.random.key(1), (zeros, zeros), obs[0], action, start)
+        last = [act(variables, (zeros, zeros), past, action, start)[1][-1] for past in obs]
         assert bool((last[0] == last[1]).all()) != memory
 
 
@@ -114,9 +116,8 @@ def test_without_memory_the_past_is_forgotten():
 def test_batch_renorm(batch, updates, first_steps, seed):
     """Against the paper's algorithm in NumPy, with bounds that bite and bounds that do not."""
     rng = np.random.default_rng(seed)
-    variables = NORM.init(jax.random.key(0), jnp.zeros((1, 3)), True)
     scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
-    variables = variables | {"params": {"scale": scale, "bias": bias}}
+    variables = {"params": {"scale": scale, "bias": bias}}
     stats = {
         "mean": rng.normal(size=3).astype(np.float32),
         "var": rng.uniform(0.01, 9, 3).astype(np.float32),
@@ -136,7 +137,7 @@ def test_batch_renorm(batch, updates, first_steps, seed):
         np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
         mean, var = 0.9 * mean + 0.1 * rows.mean(0), 0.9 * var + 0.1 * rows.var(0)
     np.testing.assert_allclose(
-        NORM.apply(variables, x, False),
+        use_norm(variables, x),
         (x - mean) / np.sqrt(var + 1e-3) * scale + bias,
         rtol=1e-3,
         atol=1e-3,
@@ -223,7 +224,7 @@ def test_environments_of_one_seed_over_two_devices(tmp_path):
     tables = []
     for number in (1, 2):
         environ = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
+            "XLA_FLAGS": f"{FAST_COMPILING} --xla_force_host_platform_device_count={number}",
             "PYTHONPATH": str(ROOT),
         }
         program = ENVS_OVER_DEVICES.replace("== 2", f"== {number}")
