@@ -245,14 +245,13 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) 
     Arrays are [num_steps, num_envs]; next_values[t] is the value after step t, before any reset.
     """
     deltas = rewards + gamma * ~terminated * next_values - values
-    traces = gamma * gae_lambda * ~(terminated | truncated)
+    slopes = gamma * gae_lambda * ~(terminated | truncated)
 
-    def step(advantage, inputs):
-        delta, trace = inputs
-        advantage = delta + trace * advantage
-        return advantage, advantage
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, traces), reverse=True)[1]
+    # A[t] is a line in A[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (deltas, slopes), reverse=True)[0]
 
 
 def clipped_surrogate(ratios, advantages, clip_coef) -> jax.Array:
