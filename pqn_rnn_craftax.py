@@ -537,6 +537,17 @@ class Transition(NamedTuple):
     truncated: jax.Array
 
 
+def split_envs(x: jax.Array, axis: int) -> jax.Array:
+    """Divides the axis of environments over devices, if one seed has several of them.
+
+    Without it, the compiler gives every device all of a minibatch, gathered along this axis.
+    """
+    devices = jax.sharding.get_abstract_mesh().shape.get("envs", 1)
+    if devices == 1 or x.shape[axis] % devices:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, "envs"))
+
+
 def make_train(config: Config):
     """PQN as a pure function train(key=None, state=None, num_updates=...) -> (TrainState, metrics).
 
@@ -628,8 +639,8 @@ def make_train(config: Config):
         def gradient_step(carry, inputs):
             variables, opt_state = carry
             index, rate = inputs
-            minibatch = jax.tree.map(lambda x: x[:, index], rollout)
-            initial = jax.tree.map(lambda x: x[index], hidden)
+            minibatch = jax.tree.map(lambda x: split_envs(x[:, index], axis=1), rollout)
+            initial = jax.tree.map(lambda x: split_envs(x[index], axis=0), hidden)
             params, grad = unflatten(variables["params"]), jax.value_and_grad(loss, has_aux=True)
             (td_loss, (q, updated)), grads = grad(params, variables, initial, minibatch)
             grads, _ = ravel_pytree(grads)
