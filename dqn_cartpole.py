@@ -46,6 +46,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -209,6 +210,11 @@ def td_targets(rewards, next_values, terminated, gamma) -> jax.Array:
     return rewards + gamma * ~terminated * next_values
 
 
+def chosen_values(q_values: jax.Array, action: jax.Array) -> jax.Array:
+    """Q-values [...] of the chosen actions [...], for q_values [..., num_actions]."""
+    return q_values.sum(-1, where=jax.nn.one_hot(action, q_values.shape[-1], dtype=bool))
+
+
 def replay_insert(replay: Transition, row: jax.Array, transition: Transition) -> Transition:
     """The replay [rows, num_envs, ...] with transition written to row, wrapping around."""
     return jax.tree.map(lambda buffer, x: buffer.at[row % len(buffer)].set(x), replay, transition)
@@ -250,6 +256,56 @@ def make_env(env_id: str):
 
 
 # --- Training -------------------------------------------------------------------------------------
+
+
+def pack(tree):
+    """Small arrays [num_envs, ...] of a tree as one of uint32 [num_envs, size], and the others."""
+    leaves = jax.tree.leaves(tree)
+    words = [
+        (x.astype(jnp.uint32) if x.dtype == bool else x.view(jnp.uint32)).reshape(len(x), -1)
+        for x in leaves
+        if is_small(x)
+    ]
+    return words and jnp.concatenate(words, axis=1), [x for x in leaves if not is_small(x)]
+
+
+def unpack(packed, like):
+    """The tree that was packed, of shapes and types like these, or a stack of many of them."""
+    words, others = packed[0], iter(packed[1])
+
+    def unpack_leaf(x):
+        nonlocal words
+        if not is_small(x):
+            return next(others)
+        mine, words = jnp.split(words, [math.prod(x.shape[1:])], axis=-1)
+        mine = mine.reshape(*mine.shape[:-1], *x.shape[1:])
+        return mine.astype(bool) if x.dtype == bool else mine.view(x.dtype)
+
+    return jax.tree.map(unpack_leaf, like)
+
+
+def is_small(x) -> bool:
+    """Whether an array [num_envs, ...] is packed: up to 128 numbers each, of 32 bits or boolean."""
+    types = jnp.bool_, jnp.int32, jnp.uint32, jnp.float32
+    return x.dtype in types and 0 < math.prod(x.shape[1:]) <= 128
+
+
+def scan_packed(step, carry, inputs):
+    """jax.lax.scan over steps of all environments, trees of arrays [num_envs, ...].
+
+    On a GPU, a loop copies each array that it carries and writes each output in a launch of its
+    own: there, the small ones are one array while it runs. The results are the same.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.scan(step, carry, inputs)
+
+    def packed_step(packed, inputs):
+        carry_after, output = step(unpack(packed, carry), inputs)
+        return pack(carry_after), pack(output)
+
+    output = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], inputs))[1]
+    packed, outputs = jax.lax.scan(packed_step, pack(carry), inputs)
+    return unpack(packed, carry), unpack(outputs, output)
 
 
 class TrainState(NamedTuple):
@@ -342,46 +398,56 @@ def make_train(config: Config):
     def loss(params, target_params, batch):
         next_q = network.apply(target_params, batch.next_obs)
         choice = network.apply(params, batch.next_obs) if config.double_q else next_q
-        next_value = jnp.take_along_axis(next_q, choice.argmax(-1)[:, None], axis=-1)[:, 0]
+        next_value = chosen_values(next_q, choice.argmax(-1))
         target = td_targets(batch.reward, next_value, batch.terminated, config.gamma)
-        q = network.apply(params, batch.obs)
-        q = jnp.take_along_axis(q, batch.action[:, None], axis=-1)[:, 0]
+        q = chosen_values(network.apply(params, batch.obs), batch.action)
         return jnp.square(q - jax.lax.stop_gradient(target)).mean(), q.mean()
-
-    def no_step(learner, target_params, batch, rate):
-        nan = jnp.float32(jnp.nan)
-        return learner, {"td_loss": nan, "q_values": nan, "grad_norm": jnp.float32(0)}
 
     def gradient_step(learner, target_params, batch, rate):
         params, opt_state = learner
         (td_loss, q), grads = jax.value_and_grad(loss, has_aux=True)(params, target_params, batch)
         updates, opt_state = optimizer.update(grads, opt_state)
-        losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
+        losses = jnp.stack([td_loss, q, optax.tree.norm(ravel_pytree(grads)[0])])
         params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
         return (params, opt_state), losses
+
+    def no_step(learner, *_):
+        return learner, jnp.array([jnp.nan, jnp.nan, 0], jnp.float32)
+
+    def iteration(learn, state, inputs):
+        """num_steps steps of all environments, and learn: a gradient step, or no step."""
+        step, keys, bits, rate = inputs
+        state, infos = collect(state, step, keys)
+        filled = jnp.minimum(step + config.num_steps, num_rows)
+        batch = replay_sample(state.replay, bits, filled)
+        learner = state.params, state.opt_state
+        (params, opt_state), losses = learn(learner, state.target_params, batch, rate)
+        return state._replace(params=params, opt_state=opt_state), (infos, losses)
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
-        def unfinished(carry):
-            t, *_, finished = carry
-            return (t < env_params.max_steps_in_episode) & ~finished.all()
-
-        def step(carry):
-            t, obs, env_state, returns, finished = carry
+        def step(carry, t):
+            obs, env_state, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = network.apply(state.params, obs).argmax(-1)
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
             returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            return t + 1, obs, env_state, returns, finished | terminated | truncated
+            finished |= terminated | truncated | (t + 1 >= env_params.max_steps_in_episode)
+            return (obs, env_state, returns, finished), None
+
+        def eight_steps(carry):  # between two looks at finished, for which a GPU waits
+            t, carry = carry
+            return t + 8, scan_packed(step, carry, t + jnp.arange(8))[0]
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
-        return returns.mean()
+        carry = 0, (obs, env_state, zeros, zeros > 0)
+        _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
+        return carry[2].mean()
 
     def update(state, number):
         """target_interval rounds of num_steps steps and a gradient step, then a target update."""
@@ -391,28 +457,25 @@ def make_train(config: Config):
         learning = number >= first_update
         first_step = number * config.target_interval * config.num_steps
 
-        def iteration(state, inputs):
-            step, keys, bits, rate = inputs
-            state, infos = collect(state, step, keys)
-            filled = jnp.minimum(step + config.num_steps, num_rows)
-            batch = replay_sample(state.replay, bits, filled)
-            operands = (state.params, state.opt_state), state.target_params, batch, rate
-            learner, losses = jax.lax.cond(learning, gradient_step, no_step, *operands)
-            params, opt_state = learner
-            return state._replace(params=params, opt_state=opt_state), (infos, losses)
-
         shape = config.target_interval, config.num_steps, 1 + config.num_envs
         keys = jax.random.split(collect_key, shape)
         shape = config.target_interval, config.batch_size
         bits = jax.random.bits(sample_key, shape, jnp.uint32)
         steps = first_step + config.num_steps * jnp.arange(config.target_interval)
         rates = learning_rate(number, jnp.arange(config.target_interval))
-        state, (infos, losses) = jax.lax.scan(iteration, state, (steps, keys, bits, rates))
+        # A branch around the rounds, not one in each of them, at which a GPU waits for the host.
+        learn, wait = (
+            functools.partial(jax.lax.scan, functools.partial(iteration, step))
+            for step in (gradient_step, no_step)
+        )
+        inputs = steps, keys, bits, rates
+        state, (infos, losses) = jax.lax.cond(learning, learn, wait, state, inputs)
         target_params = optax.incremental_update(state.params, state.target_params, config.tau)
         state = state._replace(target_params=target_params, update=number + 1)
 
         ended = infos["returned_episode"]
-        metrics = {f"losses/{name}": values.mean() for name, values in losses.items()} | {
+        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+        metrics = dict(zip(names, losses.mean(0), strict=True)) | {
             "global_step": (number + 1) * config.steps_per_update,
             "charts/episodic_return": infos["returned_episode_returns"].mean(where=ended),
             "charts/episodic_length": infos["returned_episode_lengths"].mean(where=ended),

@@ -45,6 +45,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -200,14 +201,13 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) 
     Arrays are [num_steps, num_envs]; next_values[t] is the value after step t, before any reset.
     """
     deltas = rewards + gamma * ~terminated * next_values - values
-    traces = gamma * gae_lambda * ~(terminated | truncated)
+    slopes = gamma * gae_lambda * ~(terminated | truncated)
 
-    def step(advantage, inputs):
-        delta, trace = inputs
-        advantage = delta + trace * advantage
-        return advantage, advantage
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, traces), reverse=True)[1]
+    # A[t] is a line in A[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (deltas, slopes), reverse=True)[0]
 
 
 def clipped_surrogate(ratios, advantages, clip_coef) -> jax.Array:
@@ -251,6 +251,56 @@ def make_env(env_id: str):
 
 
 # --- Training -------------------------------------------------------------------------------------
+
+
+def pack(tree):
+    """Small arrays [num_envs, ...] of a tree as one of uint32 [num_envs, size], and the others."""
+    leaves = jax.tree.leaves(tree)
+    words = [
+        (x.astype(jnp.uint32) if x.dtype == bool else x.view(jnp.uint32)).reshape(len(x), -1)
+        for x in leaves
+        if is_small(x)
+    ]
+    return words and jnp.concatenate(words, axis=1), [x for x in leaves if not is_small(x)]
+
+
+def unpack(packed, like):
+    """The tree that was packed, of shapes and types like these, or a stack of many of them."""
+    words, others = packed[0], iter(packed[1])
+
+    def unpack_leaf(x):
+        nonlocal words
+        if not is_small(x):
+            return next(others)
+        mine, words = jnp.split(words, [math.prod(x.shape[1:])], axis=-1)
+        mine = mine.reshape(*mine.shape[:-1], *x.shape[1:])
+        return mine.astype(bool) if x.dtype == bool else mine.view(x.dtype)
+
+    return jax.tree.map(unpack_leaf, like)
+
+
+def is_small(x) -> bool:
+    """Whether an array [num_envs, ...] is packed: up to 128 numbers each, of 32 bits or boolean."""
+    types = jnp.bool_, jnp.int32, jnp.uint32, jnp.float32
+    return x.dtype in types and 0 < math.prod(x.shape[1:]) <= 128
+
+
+def scan_packed(step, carry, inputs):
+    """jax.lax.scan over steps of all environments, trees of arrays [num_envs, ...].
+
+    On a GPU, a loop copies each array that it carries and writes each output in a launch of its
+    own: there, the small ones are one array while it runs. The results are the same.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.scan(step, carry, inputs)
+
+    def packed_step(packed, inputs):
+        carry_after, output = step(unpack(packed, carry), inputs)
+        return pack(carry_after), pack(output)
+
+    output = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], inputs))[1]
+    packed, outputs = jax.lax.scan(packed_step, pack(carry), inputs)
+    return unpack(packed, carry), unpack(outputs, output)
 
 
 class TrainState(NamedTuple):
@@ -305,14 +355,14 @@ def make_train(config: Config, value_loss=value_loss):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_adam(eps=1e-5)))
+    optimizer = optax.chain(clip, optax.scale_by_adam(eps=1e-5))
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env_reset(jax.random.split(reset_key, config.num_envs), env_params)
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
-        return TrainState(params, optimizer.init(params), env_state, obs, key, jnp.int32(0))
+        opt_state = optimizer.init(ravel_pytree(params)[0])
+        return TrainState(params, opt_state, env_state, obs, key, jnp.int32(0))
 
     def value(params, obs):
         return critic.apply(params["critic"], obs)[..., 0]
@@ -335,11 +385,12 @@ def make_train(config: Config, value_loss=value_loss):
         shape = config.num_steps, config.num_envs, num_actions
         noise = jax.random.gumbel(noise_key, shape, jnp.float32)
         keys = jax.random.split(step_key, (config.num_steps, config.num_envs))
-        (obs, env_state), rollout = jax.lax.scan(step, (state.obs, state.env_state), (noise, keys))
+        (obs, env_state), rollout = scan_packed(step, (state.obs, state.env_state), (noise, keys))
         return state._replace(obs=obs, env_state=env_state), rollout
 
     def log_prob(logits, action):
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
+        chosen = jax.nn.one_hot(action, num_actions, dtype=bool)
+        return jax.nn.log_softmax(logits).sum(-1, where=chosen)
 
     def prepare(params, rollout):
         """A flat batch of inputs of the loss; the critic evaluates the rollout in one pass."""
@@ -364,22 +415,20 @@ def make_train(config: Config, value_loss=value_loss):
         value_clip = config.clip_coef if config.clip_vloss else jnp.inf
         v_loss = value_loss(value(params, obs), old_value, returns, value_clip)
         entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1).mean()
-        return policy_loss + config.vf_coef * v_loss - config.ent_coef * entropy, {
-            "losses/policy_loss": policy_loss,
-            "losses/value_loss": v_loss,
-            "losses/entropy": entropy,
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
-            "losses/clipfrac": (jnp.abs(ratio - 1) > config.clip_coef).mean(),
-        }
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipfrac = (jnp.abs(ratio - 1) > config.clip_coef).mean()
+        losses = policy_loss, v_loss, entropy, approx_kl, clipfrac
+        return policy_loss + config.vf_coef * v_loss - config.ent_coef * entropy, losses
 
     def learn(state, rollout, key):
         def gradient_step(carry, index):
             params, opt_state = carry
             minibatch = jax.tree.map(lambda x: x[index], batch)
-            grads, losses = jax.grad(loss, has_aux=True)(params, *minibatch)
+            grads, losses = jax.grad(loss, has_aux=True)(unflatten(params), *minibatch)
+            grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
-            return (params, opt_state), losses | {"losses/grad_norm": optax.tree.norm(grads)}
+            losses = jnp.stack([*losses, optax.tree.norm(grads)])
+            return (params - rate * updates, opt_state), losses
 
         rate = learning_rate(state.update)
         batch = prepare(state.params, rollout)
@@ -387,34 +436,42 @@ def make_train(config: Config, value_loss=value_loss):
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
-        carry = state.params, state.opt_state
-        (params, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
+        # While learning, the parameters are one vector: on a GPU, each array costs a launch a step.
+        params, unflatten = ravel_pytree(state.params)
+        (params, opt_state), losses = jax.lax.scan(
+            gradient_step, (params, state.opt_state), minibatches
+        )
+        names = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
+        losses = dict(zip(names, losses.mean(0), strict=True))
         values, returns = batch[3], batch[5]
-        losses |= {"losses/explained_variance": 1 - (returns - values).var() / returns.var()}
-        return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, losses)
+        losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
+        losses = {f"losses/{name}": value for name, value in losses.items()}
+        return state._replace(params=unflatten(params), opt_state=opt_state), losses
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
-        def unfinished(carry):
-            t, *_, finished = carry
-            return (t < env_params.max_steps_in_episode) & ~finished.all()
-
-        def step(carry):
-            t, obs, env_state, returns, finished = carry
+        def step(carry, t):
+            obs, env_state, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = actor.apply(state.params["actor"], obs).argmax(-1)
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
             returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            return t + 1, obs, env_state, returns, finished | terminated | truncated
+            finished |= terminated | truncated | (t + 1 >= env_params.max_steps_in_episode)
+            return (obs, env_state, returns, finished), None
+
+        def eight_steps(carry):  # between two looks at finished, for which a GPU waits
+            t, carry = carry
+            return t + 8, scan_packed(step, carry, t + jnp.arange(8))[0]
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
-        return returns.mean()
+        carry = 0, (obs, env_state, zeros, zeros > 0)
+        _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
+        return carry[2].mean()
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(

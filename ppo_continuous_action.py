@@ -49,6 +49,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -244,14 +245,13 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) 
     Arrays are [num_steps, num_envs]; next_values[t] is the value after step t, before any reset.
     """
     deltas = rewards + gamma * ~terminated * next_values - values
-    traces = gamma * gae_lambda * ~(terminated | truncated)
+    slopes = gamma * gae_lambda * ~(terminated | truncated)
 
-    def step(advantage, inputs):
-        delta, trace = inputs
-        advantage = delta + trace * advantage
-        return advantage, advantage
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, traces), reverse=True)[1]
+    # A[t] is a line in A[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (deltas, slopes), reverse=True)[0]
 
 
 def clipped_surrogate(ratios, advantages, clip_coef) -> jax.Array:
@@ -516,8 +516,7 @@ def make_train(config: Config):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_adam(eps=1e-5)))
+    optimizer = optax.chain(clip, optax.scale_by_adam(eps=1e-5))
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
@@ -526,7 +525,7 @@ def make_train(config: Config):
         networks = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
         return TrainState(
             networks,
-            optimizer.init(networks),
+            optimizer.init(ravel_pytree(networks)[0]),
             Statistics(mean, jnp.ones_like(mean), jnp.float32(0)),
             Statistics(*jnp.array([0, 1, 0], jnp.float32)),
             env_state,
@@ -600,22 +599,20 @@ def make_train(config: Config):
         value_clip = config.clip_coef if config.clip_vloss else jnp.inf
         v_loss = value_loss(value(networks, obs), old_value, returns, value_clip)
         entropy = gaussian_entropy(log_std)
-        return policy_loss + config.vf_coef * v_loss - config.ent_coef * entropy, {
-            "losses/policy_loss": policy_loss,
-            "losses/value_loss": v_loss,
-            "losses/entropy": entropy,
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
-            "losses/clipfrac": (jnp.abs(ratio - 1) > config.clip_coef).mean(),
-        }
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipfrac = (jnp.abs(ratio - 1) > config.clip_coef).mean()
+        losses = policy_loss, v_loss, entropy, approx_kl, clipfrac
+        return policy_loss + config.vf_coef * v_loss - config.ent_coef * entropy, losses
 
     def learn(state, rollout, key):
         def gradient_step(carry, index):
-            networks, opt_state = carry
+            params, opt_state = carry
             minibatch = jax.tree.map(lambda x: x[index], batch)
-            grads, losses = jax.grad(loss, has_aux=True)(networks, *minibatch)
+            grads, losses = jax.grad(loss, has_aux=True)(unflatten(params), *minibatch)
+            grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            networks = optax.apply_updates(networks, optax.tree.scale(-rate, updates))
-            return (networks, opt_state), losses | {"losses/grad_norm": optax.tree.norm(grads)}
+            losses = jnp.stack([*losses, optax.tree.norm(grads)])
+            return (params - rate * updates, opt_state), losses
 
         rate = learning_rate(state.update)
         batch = prepare(state, rollout)
@@ -623,14 +620,21 @@ def make_train(config: Config):
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
-        carry = state.networks, state.opt_state
-        (networks, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
+        # While learning, the parameters are one vector: on a GPU, each array costs a launch a step.
+        params, unflatten = ravel_pytree(state.networks)
+        (params, opt_state), losses = jax.lax.scan(
+            gradient_step, (params, state.opt_state), minibatches
+        )
+        names = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
+        losses = dict(zip(names, losses.mean(0), strict=True))
         values, returns = batch[3], batch[5]
-        losses |= {"losses/explained_variance": 1 - (returns - values).var() / returns.var()}
+        losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
+        losses = {f"losses/{name}": value for name, value in losses.items()}
         # Only now, so that old and new log-probabilities are of the same normalised observations.
         statistics = update_statistics(state.statistics, rollout.obs.reshape(config.batch_size, -1))
+        networks = unflatten(params)
         state = state._replace(networks=networks, opt_state=opt_state, statistics=statistics)
-        return state, jax.tree.map(jnp.mean, losses)
+        return state, losses
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes."""

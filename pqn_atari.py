@@ -50,6 +50,7 @@ import tyro
 from flax import serialization
 from flax.linen.initializers import he_normal, zeros_init
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -240,7 +241,8 @@ class QNetwork(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         def norm_relu(x):
             if self.config.norm == "layer_norm":
-                x = nn.LayerNorm()(x)
+                # On a GPU, the variance in two passes is one kernel, but its gradient is more.
+                x = nn.LayerNorm(use_fast_variance=train)(x)
             elif self.config.norm == "batch_norm":
                 x = nn.BatchNorm(use_running_average=not train)(x)
             return nn.relu(x)
@@ -277,15 +279,14 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
     max_a Q in Q-learning, Q of the next action in SARSA.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
+    discount = gamma * ~terminated
+    intercept, slope = rewards + discount * (1 - trace) * next_values, discount * trace
 
-    def step(next_return, inputs):
-        reward, next_value, terminated, trace = inputs
-        target = reward + gamma * ~terminated * ((1 - trace) * next_value + trace * next_return)
-        return target, target
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(
-        step, next_values[-1], (rewards, next_values, terminated, trace), reverse=True
-    )[1]
+    # G[t] is a line in G[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (intercept, slope), reverse=True)[0]
 
 
 # --- Environment ----------------------------------------------------------------------------------
@@ -422,14 +423,13 @@ def make_train(config: Config):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
+    optimizer = optax.chain(clip, optax.scale_by_radam())
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
         games = env_reset(env_handle, reset_key)
         variables = network.init(params_key, games.obs)
-        opt_state = optimizer.init(variables["params"])
+        opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
         return TrainState(variables, opt_state, games, jnp.array(eval_handle), key, jnp.int32(0))
 
     def collect(state, epsilon, key):
@@ -458,7 +458,7 @@ def make_train(config: Config):
         q, updated = network.apply(
             variables | {"params": params}, obs, train=True, mutable=["batch_stats"]
         )
-        chosen = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
+        chosen = q.sum(-1, where=jax.nn.one_hot(action, q.shape[-1], dtype=bool))
         num_transitions = jnp.maximum(is_step.sum(), 1)  # none, in a small minibatch, is no NaN
         td_loss = 0.5 * jnp.square(chosen - target).sum(where=is_step) / num_transitions
         return td_loss, (chosen.sum(where=is_step) / num_transitions, updated)
@@ -469,13 +469,12 @@ def make_train(config: Config):
             index, rate = inputs
             minibatch = jax.tree.map(lambda x: x[index], batch)
             grad = jax.value_and_grad(loss, has_aux=True)
-            (td_loss, (q, updated)), grads = grad(variables["params"], variables, *minibatch)
+            params = unflatten(variables["params"])
+            (td_loss, (q, updated)), grads = grad(params, variables, *minibatch)
+            grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            updates = optax.tree.scale(-rate, updates)
-            params = optax.apply_updates(variables["params"], updates)
-            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            losses = {f"losses/{name}": value for name, value in losses.items()}
-            return (variables | updated | {"params": params}, opt_state), losses
+            variables |= updated | {"params": variables["params"] - rate * updates}
+            return (variables, opt_state), jnp.stack([td_loss, q, optax.tree.norm(grads)])
 
         batch = rollout.obs, rollout.action, rollout.is_step, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
@@ -484,10 +483,14 @@ def make_train(config: Config):
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
         rates = learning_rate(state.update, jnp.arange(config.num_gradient_steps))
-        carry = state.variables, state.opt_state
-        carry, losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
-        state = state._replace(variables=carry[0], opt_state=carry[1])
-        return state, jax.tree.map(jnp.mean, losses)
+        # While learning, the parameters are one vector: on a GPU, each array costs a launch a step.
+        params, unflatten = ravel_pytree(state.variables["params"])
+        carry = state.variables | {"params": params}, state.opt_state
+        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
+        variables |= {"params": unflatten(variables["params"])}
+        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+        losses = dict(zip(names, losses.mean(0), strict=True))
+        return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
         """Mean score of eval_episodes greedy games, each from reset to its end or to eval_steps."""

@@ -46,6 +46,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -178,7 +179,8 @@ class QNetwork(nn.Module):
         for _ in range(self.config.num_layers):
             x = nn.Dense(self.config.hidden_size)(x)
             if self.config.norm == "layer_norm":
-                x = nn.LayerNorm()(x)
+                # On a GPU, the variance in two passes is one kernel, but its gradient is more.
+                x = nn.LayerNorm(use_fast_variance=train)(x)
             elif self.config.norm == "batch_norm":
                 x = nn.BatchNorm(use_running_average=not train)(x)
             x = nn.relu(x)
@@ -207,15 +209,14 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
     max_a Q in Q-learning, Q of the next action in SARSA.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
+    discount = gamma * ~terminated
+    intercept, slope = rewards + discount * (1 - trace) * next_values, discount * trace
 
-    def step(next_return, inputs):
-        reward, next_value, terminated, trace = inputs
-        target = reward + gamma * ~terminated * ((1 - trace) * next_value + trace * next_return)
-        return target, target
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(
-        step, next_values[-1], (rewards, next_values, terminated, trace), reverse=True
-    )[1]
+    # G[t] is a line in G[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (intercept, slope), reverse=True)[0]
 
 
 # --- Environment ----------------------------------------------------------------------------------
@@ -247,6 +248,56 @@ def make_env(env_id: str):
 
 
 # --- Training -------------------------------------------------------------------------------------
+
+
+def pack(tree):
+    """Small arrays [num_envs, ...] of a tree as one of uint32 [num_envs, size], and the others."""
+    leaves = jax.tree.leaves(tree)
+    words = [
+        (x.astype(jnp.uint32) if x.dtype == bool else x.view(jnp.uint32)).reshape(len(x), -1)
+        for x in leaves
+        if is_small(x)
+    ]
+    return words and jnp.concatenate(words, axis=1), [x for x in leaves if not is_small(x)]
+
+
+def unpack(packed, like):
+    """The tree that was packed, of shapes and types like these, or a stack of many of them."""
+    words, others = packed[0], iter(packed[1])
+
+    def unpack_leaf(x):
+        nonlocal words
+        if not is_small(x):
+            return next(others)
+        mine, words = jnp.split(words, [math.prod(x.shape[1:])], axis=-1)
+        mine = mine.reshape(*mine.shape[:-1], *x.shape[1:])
+        return mine.astype(bool) if x.dtype == bool else mine.view(x.dtype)
+
+    return jax.tree.map(unpack_leaf, like)
+
+
+def is_small(x) -> bool:
+    """Whether an array [num_envs, ...] is packed: up to 128 numbers each, of 32 bits or boolean."""
+    types = jnp.bool_, jnp.int32, jnp.uint32, jnp.float32
+    return x.dtype in types and 0 < math.prod(x.shape[1:]) <= 128
+
+
+def scan_packed(step, carry, inputs):
+    """jax.lax.scan over steps of all environments, trees of arrays [num_envs, ...].
+
+    On a GPU, a loop copies each array that it carries and writes each output in a launch of its
+    own: there, the small ones are one array while it runs. The results are the same.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.scan(step, carry, inputs)
+
+    def packed_step(packed, inputs):
+        carry_after, output = step(unpack(packed, carry), inputs)
+        return pack(carry_after), pack(output)
+
+    output = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], inputs))[1]
+    packed, outputs = jax.lax.scan(packed_step, pack(carry), inputs)
+    return unpack(packed, carry), unpack(outputs, output)
 
 
 class TrainState(NamedTuple):
@@ -301,16 +352,14 @@ def make_train(config: Config):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
+    optimizer = optax.chain(clip, optax.scale_by_radam())
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
         obs, env_state = env_reset(jax.random.split(reset_key, config.num_envs), env_params)
         variables = network.init(params_key, obs)
-        return TrainState(
-            variables, optimizer.init(variables["params"]), env_state, obs, key, jnp.int32(0)
-        )
+        opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
+        return TrainState(variables, opt_state, env_state, obs, key, jnp.int32(0))
 
     def collect(state, epsilon, key):
         def step(carry, keys):
@@ -325,30 +374,28 @@ def make_train(config: Config):
             return (obs_after, env_state), Transition(obs, action, q_values.max(-1), *outcome)
 
         keys = jax.random.split(key, (config.num_steps, 1 + config.num_envs))
-        (obs, env_state), rollout = jax.lax.scan(step, (state.obs, state.env_state), keys)
+        (obs, env_state), rollout = scan_packed(step, (state.obs, state.env_state), keys)
         return state._replace(obs=obs, env_state=env_state), rollout
 
     def targets(state, rollout):
         def value_of(obs):
             return network.apply(state.variables, obs).max(-1)
 
-        def bootstrap_few():
-            size, fill_value = config.num_envs, config.batch_size
-            (cut,) = jnp.nonzero(rollout.truncated.ravel(), size=size, fill_value=fill_value)
-            next_obs = rollout.next_obs.reshape(config.batch_size, *rollout.obs.shape[2:])
-            values = shifted.ravel().at[cut].set(value_of(next_obs[cut]), mode="drop")
-            return values.reshape(shifted.shape)
-
-        def bootstrap_all():
-            return jnp.where(rollout.truncated, value_of(rollout.next_obs), shifted)
+        def bootstrap(carry):
+            """Evaluates next_obs at the first time limit that each environment has left."""
+            next_values, cut = carry
+            first = cut.argmax(0), jnp.arange(config.num_envs)
+            values = jnp.where(cut[first], value_of(rollout.next_obs[first]), next_values[first])
+            return next_values.at[first].set(values), cut.at[first].set(False)
 
         # The value after step t is value[t + 1], except in the last row and at a time limit, where
         # the next row starts a new episode: there, the network evaluates next_obs.
-        shifted = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
-        are_few = rollout.truncated.sum() <= config.num_envs
-        next_values = jax.lax.cond(are_few, bootstrap_few, bootstrap_all)
+        next_values = jnp.concatenate([rollout.value[1:], value_of(rollout.next_obs[-1:])])
         terminated, truncated = rollout.terminated, rollout.truncated
-        if not config.bootstrap_on_truncation:
+        if config.bootstrap_on_truncation:
+            carry = next_values, truncated.at[-1].set(False)
+            next_values, _ = jax.lax.while_loop(lambda carry: carry[1].any(), bootstrap, carry)
+        else:
             terminated |= truncated
         rewards = (config.reward_scale * rollout.reward).astype(jnp.float32)
         ends = terminated, truncated
@@ -358,7 +405,7 @@ def make_train(config: Config):
         q, updated = network.apply(
             variables | {"params": params}, obs, train=True, mutable=["batch_stats"]
         )
-        chosen = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
+        chosen = q.sum(-1, where=jax.nn.one_hot(action, q.shape[-1], dtype=bool))
         return 0.5 * jnp.square(chosen - target).mean(), (chosen.mean(), updated)
 
     def learn(state, rollout, key):
@@ -367,13 +414,12 @@ def make_train(config: Config):
             index, rate = inputs
             minibatch = jax.tree.map(lambda x: x[index], batch)
             grad = jax.value_and_grad(loss, has_aux=True)
-            (td_loss, (q, updated)), grads = grad(variables["params"], variables, *minibatch)
+            params = unflatten(variables["params"])
+            (td_loss, (q, updated)), grads = grad(params, variables, *minibatch)
+            grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            updates = optax.tree.scale(-rate, updates)
-            params = optax.apply_updates(variables["params"], updates)
-            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            losses = {f"losses/{name}": value for name, value in losses.items()}
-            return (variables | updated | {"params": params}, opt_state), losses
+            variables |= updated | {"params": variables["params"] - rate * updates}
+            return (variables, opt_state), jnp.stack([td_loss, q, optax.tree.norm(grads)])
 
         batch = rollout.obs, rollout.action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
@@ -382,33 +428,39 @@ def make_train(config: Config):
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
         rates = learning_rate(state.update, jnp.arange(config.num_gradient_steps))
-        carry = state.variables, state.opt_state
-        carry, losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
-        state = state._replace(variables=carry[0], opt_state=carry[1])
-        return state, jax.tree.map(jnp.mean, losses)
+        # While learning, the parameters are one vector: on a GPU, each array costs a launch a step.
+        params, unflatten = ravel_pytree(state.variables["params"])
+        carry = state.variables | {"params": params}, state.opt_state
+        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
+        variables |= {"params": unflatten(variables["params"])}
+        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+        losses = dict(zip(names, losses.mean(0), strict=True))
+        return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
-        def unfinished(carry):
-            t, *_, finished = carry
-            return (t < env_params.max_steps_in_episode) & ~finished.all()
-
-        def step(carry):
-            t, obs, env_state, returns, finished = carry
+        def step(carry, t):
+            obs, env_state, returns, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = network.apply(state.variables, obs).argmax(-1)
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
             returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            return t + 1, obs, env_state, returns, finished | terminated | truncated
+            finished |= terminated | truncated | (t + 1 >= env_params.max_steps_in_episode)
+            return (obs, env_state, returns, finished), None
+
+        def eight_steps(carry):  # between two looks at finished, for which a GPU waits
+            t, carry = carry
+            return t + 8, scan_packed(step, carry, t + jnp.arange(8))[0]
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, obs, env_state, zeros, zeros > 0))
-        return returns.mean()
+        carry = 0, (obs, env_state, zeros, zeros > 0)
+        _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
+        return carry[2].mean()
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(

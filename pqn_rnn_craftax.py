@@ -47,6 +47,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -245,6 +246,9 @@ class LSTM(nn.Module):
             h = nn.sigmoid(o) * jnp.tanh(c)
             return (c, h), h
 
+        if jax.default_backend() != "cpu":  # a GPU stores each intermediate by a launch of its own
+            policy = jax.checkpoint_policies.dots_saveable
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, carry, (gates, clear))
 
 
@@ -262,7 +266,9 @@ class QNetwork(nn.Module):
         x = obs.astype(jnp.float32)
         x = BatchRenorm()(x, train) if self.config.norm_input else x
         for _ in range(self.config.num_layers):
-            x = nn.relu(nn.LayerNorm()(nn.Dense(self.config.hidden_size)(x)))
+            x = nn.Dense(self.config.hidden_size)(x)
+            # On a GPU, the variance in two passes is one kernel, but its gradient is more.
+            x = nn.relu(nn.LayerNorm(use_fast_variance=train)(x))
         x = jnp.concatenate(
             [x, jax.nn.one_hot(last_action, self.num_actions, dtype=jnp.float32)], axis=-1
         )
@@ -293,15 +299,14 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
     max_a Q in Q-learning, Q of the next action in SARSA.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
+    discount = gamma * ~terminated
+    intercept, slope = rewards + discount * (1 - trace) * next_values, discount * trace
 
-    def step(next_return, inputs):
-        reward, next_value, terminated, trace = inputs
-        target = reward + gamma * ~terminated * ((1 - trace) * next_value + trace * next_return)
-        return target, target
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(
-        step, next_values[-1], (rewards, next_values, terminated, trace), reverse=True
-    )[1]
+    # G[t] is a line in G[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (intercept, slope), reverse=True)[0]
 
 
 def rollout_targets(
@@ -463,6 +468,56 @@ class Memory(NamedTuple):
     start: jax.Array  # whether obs is the first of an episode
 
 
+def pack(tree):
+    """Small arrays [num_envs, ...] of a tree as one of uint32 [num_envs, size], and the others."""
+    leaves = jax.tree.leaves(tree)
+    words = [
+        (x.astype(jnp.uint32) if x.dtype == bool else x.view(jnp.uint32)).reshape(len(x), -1)
+        for x in leaves
+        if is_small(x)
+    ]
+    return words and jnp.concatenate(words, axis=1), [x for x in leaves if not is_small(x)]
+
+
+def unpack(packed, like):
+    """The tree that was packed, of shapes and types like these, or a stack of many of them."""
+    words, others = packed[0], iter(packed[1])
+
+    def unpack_leaf(x):
+        nonlocal words
+        if not is_small(x):
+            return next(others)
+        mine, words = jnp.split(words, [math.prod(x.shape[1:])], axis=-1)
+        mine = mine.reshape(*mine.shape[:-1], *x.shape[1:])
+        return mine.astype(bool) if x.dtype == bool else mine.view(x.dtype)
+
+    return jax.tree.map(unpack_leaf, like)
+
+
+def is_small(x) -> bool:
+    """Whether an array [num_envs, ...] is packed: up to 128 numbers each, of 32 bits or boolean."""
+    types = jnp.bool_, jnp.int32, jnp.uint32, jnp.float32
+    return x.dtype in types and 0 < math.prod(x.shape[1:]) <= 128
+
+
+def scan_packed(step, carry, inputs):
+    """jax.lax.scan over steps of all environments, trees of arrays [num_envs, ...].
+
+    On a GPU, a loop copies each array that it carries and writes each output in a launch of its
+    own: there, the small ones are one array while it runs. The results are the same.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.scan(step, carry, inputs)
+
+    def packed_step(packed, inputs):
+        carry_after, output = step(unpack(packed, carry), inputs)
+        return pack(carry_after), pack(output)
+
+    output = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], inputs))[1]
+    packed, outputs = jax.lax.scan(packed_step, pack(carry), inputs)
+    return unpack(packed, carry), unpack(outputs, output)
+
+
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
@@ -487,6 +542,17 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     truncated: jax.Array
+
+
+def split_envs(x: jax.Array, axis: int) -> jax.Array:
+    """Divides the axis of environments over devices, if one seed has several of them.
+
+    Without it, the compiler gives every device all of a minibatch, gathered along this axis.
+    """
+    devices = jax.sharding.get_abstract_mesh().shape.get("envs", 1)
+    if devices == 1 or x.shape[axis] % devices:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, "envs"))
 
 
 def make_train(config: Config):
@@ -522,8 +588,7 @@ def make_train(config: Config):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
+    optimizer = optax.chain(clip, optax.scale_by_radam())
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
@@ -532,7 +597,7 @@ def make_train(config: Config):
         variables = network.init(
             params_key, memory.hidden, obs[None], memory.last_action[None], memory.start[None]
         )
-        opt_state = optimizer.init(variables["params"])
+        opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
         return TrainState(variables, opt_state, env_state, obs, memory, key, jnp.int32(0))
 
     def collect(state, epsilon, key):
@@ -552,7 +617,7 @@ def make_train(config: Config):
 
         keys = jax.random.split(key, (config.num_steps, 2))
         carry = state.obs, state.memory, state.env_state
-        (obs, memory, env_state), (rollout, info) = jax.lax.scan(step, carry, keys)
+        (obs, memory, env_state), (rollout, info) = scan_packed(step, carry, keys)
         return state._replace(obs=obs, memory=memory, env_state=env_state), rollout, info
 
     def loss(params, variables, hidden, rollout):
@@ -572,7 +637,8 @@ def make_train(config: Config):
         values = jax.lax.stop_gradient(q.max(-1))
         ends = terminated, truncated
         target, weight = rollout_targets(rewards, values, *ends, config.gamma, config.td_lambda)
-        q_taken = jnp.take_along_axis(q[:-1], rollout.action[:-1, :, None], axis=-1)[..., 0]
+        chosen = jax.nn.one_hot(rollout.action[:-1], q.shape[-1], dtype=bool)
+        q_taken = q[:-1].sum(-1, where=chosen)
         squares = (weight * jnp.square(q_taken - target)).sum() / jnp.maximum(weight.sum(), 1)
         return 0.5 * squares, (q_taken.mean(), updated)
 
@@ -580,54 +646,54 @@ def make_train(config: Config):
         def gradient_step(carry, inputs):
             variables, opt_state = carry
             index, rate = inputs
-            minibatch = jax.tree.map(lambda x: x[:, index], rollout)
-            initial = jax.tree.map(lambda x: x[index], hidden)
-            params, grad = variables["params"], jax.value_and_grad(loss, has_aux=True)
+            minibatch = jax.tree.map(lambda x: split_envs(x[:, index], axis=1), rollout)
+            initial = jax.tree.map(lambda x: split_envs(x[index], axis=0), hidden)
+            params, grad = unflatten(variables["params"]), jax.value_and_grad(loss, has_aux=True)
             (td_loss, (q, updated)), grads = grad(params, variables, initial, minibatch)
+            grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
-            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            losses = {f"losses/{name}": value for name, value in losses.items()}
-            return (variables | updated | {"params": params}, opt_state), losses
+            variables |= updated | {"params": variables["params"] - rate * updates}
+            return (variables, opt_state), jnp.stack([td_loss, q, optax.tree.norm(grads)])
 
         # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.num_envs), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
         rates = learning_rate(state.update, jnp.arange(config.num_gradient_steps))
-        carry = state.variables, state.opt_state
-        carry, losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
-        state = state._replace(variables=carry[0], opt_state=carry[1])
-        return state, jax.tree.map(jnp.mean, losses)
+        # While learning, the parameters are one vector: on a GPU, each array costs a launch a step.
+        params, unflatten = ravel_pytree(state.variables["params"])
+        carry = state.variables | {"params": params}, state.opt_state
+        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
+        variables |= {"params": unflatten(variables["params"])}
+        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+        losses = dict(zip(names, losses.mean(0), strict=True))
+        return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each to its end or to eval_steps."""
         reset, env_step, _, max_steps = eval_env
 
-        def unfinished(carry):
-            return (carry[0] < min(max_steps, config.eval_steps)) & ~carry[-1].all()
-
-        def step(carry):
-            t, obs, memory, env_state, returns, finished = carry
+        def step(carry, t):
+            obs, memory, env_state, returns, finished = carry
             hidden, q = act(state.variables, memory, obs)
             action = q.argmax(-1).astype(jnp.int32)
             key = jax.random.fold_in(step_key, t)
             obs, env_state, reward, terminated, truncated, _ = env_step(key, env_state, action)
             memory = Memory(hidden, action, terminated | truncated)
-            return (
-                t + 1,
-                obs,
-                memory,
-                env_state,
-                returns + reward * ~finished,
-                finished | memory.start,
-            )
+            returns += reward * ~finished
+            finished |= memory.start | (t + 1 >= min(max_steps, config.eval_steps))
+            return (obs, memory, env_state, returns, finished), None
+
+        def eight_steps(carry):  # between two looks at finished, for which a GPU waits
+            t, carry = carry
+            return t + 8, scan_packed(step, carry, t + jnp.arange(8))[0]
 
         reset_key, step_key = jax.random.split(key)
         zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        carry = 0, *reset(reset_key), zeros, zeros > 0
-        carry = *carry[:2], blank(config.eval_episodes), *carry[2:]
-        return jax.lax.while_loop(unfinished, step, carry)[4].mean()
+        obs, env_state = reset(reset_key)
+        carry = 0, (obs, blank(config.eval_episodes), env_state, zeros, zeros > 0)
+        _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
+        return carry[3].mean()
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(

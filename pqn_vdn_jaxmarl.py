@@ -50,6 +50,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -296,6 +297,9 @@ class GRU(nn.Module):
             h = (1 - z) * jnp.tanh(n + r * (n_h + bias)) + z * h
             return h, h
 
+        if jax.default_backend() != "cpu":  # a GPU stores each intermediate by a launch of its own
+            policy = jax.checkpoint_policies.dots_saveable
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, h, (gates, clear))
 
 
@@ -313,7 +317,8 @@ class QNetwork(nn.Module):
     @nn.compact
     def __call__(self, hidden, features, clear, train: bool = False):
         def norm_relu(x):
-            return nn.relu(nn.LayerNorm()(x))
+            # On a GPU, the variance in two passes is one kernel, but its gradient is more.
+            return nn.relu(nn.LayerNorm(use_fast_variance=train)(x))
 
         x = features.astype(jnp.float32)
         x = BatchRenorm()(x, train) if self.config.norm_input == "batch_renorm" else x
@@ -370,15 +375,14 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
     max_a Q in Q-learning, Q of the next action in SARSA.
     """
     trace = (td_lambda * ~(terminated | truncated)).at[-1].set(0)
+    discount = gamma * ~terminated
+    intercept, slope = rewards + discount * (1 - trace) * next_values, discount * trace
 
-    def step(next_return, inputs):
-        reward, next_value, terminated, trace = inputs
-        target = reward + gamma * ~terminated * ((1 - trace) * next_value + trace * next_return)
-        return target, target
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    return jax.lax.scan(
-        step, next_values[-1], (rewards, next_values, terminated, trace), reverse=True
-    )[1]
+    # G[t] is a line in G[t + 1]: lines compose in log2(num_steps) rounds, without a loop.
+    return jax.lax.associative_scan(compose, (intercept, slope), reverse=True)[0]
 
 
 # --- Environment ----------------------------------------------------------------------------------
@@ -492,6 +496,56 @@ def make_env(env_id: str):
 # --- Training -------------------------------------------------------------------------------------
 
 
+def pack(tree):
+    """Small arrays [num_envs, ...] of a tree as one of uint32 [num_envs, size], and the others."""
+    leaves = jax.tree.leaves(tree)
+    words = [
+        (x.astype(jnp.uint32) if x.dtype == bool else x.view(jnp.uint32)).reshape(len(x), -1)
+        for x in leaves
+        if is_small(x)
+    ]
+    return words and jnp.concatenate(words, axis=1), [x for x in leaves if not is_small(x)]
+
+
+def unpack(packed, like):
+    """The tree that was packed, of shapes and types like these, or a stack of many of them."""
+    words, others = packed[0], iter(packed[1])
+
+    def unpack_leaf(x):
+        nonlocal words
+        if not is_small(x):
+            return next(others)
+        mine, words = jnp.split(words, [math.prod(x.shape[1:])], axis=-1)
+        mine = mine.reshape(*mine.shape[:-1], *x.shape[1:])
+        return mine.astype(bool) if x.dtype == bool else mine.view(x.dtype)
+
+    return jax.tree.map(unpack_leaf, like)
+
+
+def is_small(x) -> bool:
+    """Whether an array [num_envs, ...] is packed: up to 128 numbers each, of 32 bits or boolean."""
+    types = jnp.bool_, jnp.int32, jnp.uint32, jnp.float32
+    return x.dtype in types and 0 < math.prod(x.shape[1:]) <= 128
+
+
+def scan_packed(step, carry, inputs):
+    """jax.lax.scan over steps of all environments, trees of arrays [num_envs, ...].
+
+    On a GPU, a loop copies each array that it carries and writes each output in a launch of its
+    own: there, the small ones are one array while it runs. The results are the same.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.scan(step, carry, inputs)
+
+    def packed_step(packed, inputs):
+        carry_after, output = step(unpack(packed, carry), inputs)
+        return pack(carry_after), pack(output)
+
+    output = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], inputs))[1]
+    packed, outputs = jax.lax.scan(packed_step, pack(carry), inputs)
+    return unpack(packed, carry), unpack(outputs, output)
+
+
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
@@ -559,8 +613,7 @@ def make_train(config: Config):
         return (config.learning_rate * remaining).astype(jnp.float32)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    optimizer = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
+    optimizer = optax.chain(clip, optax.scale_by_radam())
 
     def init(key):
         key, params_key, reset_key = jax.random.split(key, 3)
@@ -569,7 +622,7 @@ def make_train(config: Config):
         one_team = jax.tree.map(lambda x: x[0], (hidden, obs))
         inputs = one_team[0], one_team[1].features[None], one_team[1].clear[None]
         variables = network.init(params_key, *inputs)
-        opt_state = optimizer.init(variables["params"])
+        opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
         return TrainState(variables, opt_state, env_state, obs, hidden, key, jnp.int32(0))
 
     def collect(state, epsilon, shaping, key):
@@ -587,7 +640,7 @@ def make_train(config: Config):
 
         keys = jax.random.split(key, (config.num_steps, 2))
         carry = state.obs, state.hidden, state.env_state
-        (obs, hidden, env_state), (seen, rollout, info) = jax.lax.scan(step, carry, keys)
+        (obs, hidden, env_state), (seen, rollout, info) = scan_packed(step, carry, keys)
         seen = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), seen, obs)
         return state._replace(obs=obs, hidden=hidden, env_state=env_state), seen, rollout, info
 
@@ -598,8 +651,8 @@ def make_train(config: Config):
         )
         best = jnp.where(obs.available, jax.lax.stop_gradient(q), -jnp.inf).max(-1)
         next_values = team_values(best, config.mixer)[1:]
-        chosen = jnp.take_along_axis(q[:-1], rollout.action[..., None], axis=-1)[..., 0]
-        values = team_values(chosen, config.mixer)
+        chosen = jax.nn.one_hot(rollout.action, q.shape[-1], dtype=bool)
+        values = team_values(q[:-1].sum(-1, where=chosen), config.mixer)
         terminated, truncated = rollout.terminated, rollout.truncated
         if not config.bootstrap_on_truncation:
             terminated |= truncated
@@ -616,47 +669,53 @@ def make_train(config: Config):
             index, rate = inputs
             minibatch = jax.tree.map(lambda x: x[:, index], (obs, rollout))
             initial = jax.tree.map(lambda x: x[index], hidden)
-            params, grad = variables["params"], jax.value_and_grad(loss, has_aux=True)
+            params, grad = unflatten(variables["params"]), jax.value_and_grad(loss, has_aux=True)
             (td_loss, (q, updated)), grads = grad(params, variables, initial, *minibatch)
+            grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
-            losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
-            losses = {f"losses/{name}": value for name, value in losses.items()}
-            return (variables | updated | {"params": params}, opt_state), losses
+            variables |= updated | {"params": variables["params"] - rate * updates}
+            return (variables, opt_state), jnp.stack([td_loss, q, optax.tree.norm(grads)])
 
         # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.num_envs), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
         rates = learning_rate(state.update, jnp.arange(config.num_gradient_steps))
-        carry = state.variables, state.opt_state
-        carry, losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
-        state = state._replace(variables=carry[0], opt_state=carry[1])
-        return state, jax.tree.map(jnp.mean, losses)
+        # While learning, the parameters are one vector: on a GPU, each array costs a launch a step.
+        params, unflatten = ravel_pytree(state.variables["params"])
+        carry = state.variables | {"params": params}, state.opt_state
+        (variables, opt_state), losses = jax.lax.scan(gradient_step, carry, (minibatches, rates))
+        variables |= {"params": unflatten(variables["params"])}
+        names = "losses/td_loss", "losses/q_values", "losses/grad_norm"
+        losses = dict(zip(names, losses.mean(0), strict=True))
+        return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
         """Mean return, and win_rate or soups, of eval_episodes greedy episodes."""
 
-        def unfinished(carry):
-            # SMAX checks the limit before it counts the step: episodes last up to max_steps + 1.
-            return (carry[0] <= env.max_steps) & ~carry[-1].all()
-
-        def step(carry):
-            t, obs, hidden, env_state, results, finished = carry
+        def step(carry, t):
+            obs, hidden, env_state, results, finished = carry
             hidden, q = act(state.variables, hidden, obs)
             action = jnp.where(obs.available, q, -jnp.inf).argmax(-1).astype(jnp.int32)
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             obs, env_state, *_, info = env_step(keys, env_state, action)
-            result = jnp.stack([info["returned_episode_returns"], info[score]])
-            results = jnp.where(finished, results, result.astype(jnp.float32))
-            return t + 1, obs, hidden, env_state, results, finished | info["returned_episode"]
+            result = jnp.stack([info["returned_episode_returns"], info[score]], axis=-1)
+            results = jnp.where(finished[:, None], results, result.astype(jnp.float32))
+            # SMAX checks the limit before it counts the step: episodes last up to max_steps + 1.
+            finished |= info["returned_episode"] | (t >= env.max_steps)
+            return (obs, hidden, env_state, results, finished), None
+
+        def eight_steps(carry):  # between two looks at finished, for which a GPU waits
+            t, carry = carry
+            return t + 8, scan_packed(step, carry, t + jnp.arange(8))[0]
 
         reset_key, step_key = jax.random.split(key)
         first = env_reset(jax.random.split(reset_key, config.eval_episodes))
         hidden, finished = blank(config.eval_episodes), jnp.zeros(config.eval_episodes, bool)
-        results = jnp.zeros((2, config.eval_episodes), jnp.float32)
-        carry = 0, first[0], hidden, first[1], results, finished
-        return jax.lax.while_loop(unfinished, step, carry)[4].mean(-1)
+        results = jnp.zeros((config.eval_episodes, 2), jnp.float32)
+        carry = 0, (first[0], hidden, first[1], results, finished)
+        _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
+        return carry[3].mean(0)
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
 import common
 import curves
 import gpu
+import gpu_launches
 import pictures
 import speed
 import tables
@@ -182,3 +183,53 @@ def test_bins():
     steps, means = curves.in_bins(np.arange(1000), returns)
     assert len(steps) < 200 and np.unique(means).tolist() == [3]
     assert 980 < steps[-1] < 999
+
+
+# What XLA dumps: a loop of 3 trips in a graph's wake, in it one of unknown length and a branch.
+THUNKS = """\
+000: kCommandBuffer [source | next=003 (1)]
+    001: kCopy [source | sink] kCopy
+    002: kCustomKernel [source | sink] add grid: [1, 1, 1]
+003: kWhile [prev=000 (1) | sink]
+condition:
+    004: kCustomKernel [source | sink] compare
+  body:
+    005: kCustomKernel [source | next=006] outside
+    006: kWhile [prev=005 | next=009]
+condition:
+        007: kCustomKernel [source | sink] compare
+      body:
+        000: kCommandBuffer [source | sink]
+            008: kCustomKernel [source | sink] inside
+    009: kConditional [prev=006 | sink]
+      false_branch:
+        010: kMemzero [source | sink]
+      true_branch:
+        000: kCommandBuffer [source | sink]
+            011: kCustomKernel [source | sink] inside
+            012: kCustomKernel [source | sink] inside
+"""
+METADATA = """
+thunk_metadata {
+  thunk_info {
+    profile_annotation: "while.7"
+    thunk_id: 3
+  }
+  thunk_kind: "kWhile"
+}
+"""
+HLO = '  %while.7 = (s32[]) while(%x), body=%b, backend_config={"known_trip_count":{"n":"3"}}'
+
+
+def test_gpu_launches():
+    lengths = gpu_launches.trips(METADATA, HLO)
+    assert lengths == {3: 3}
+    total, (loop,) = gpu_launches.count(gpu_launches.parse(THUNKS), lengths)
+    # A trip: one outside; the inner loop's condition, outside, and body; the longer branch.
+    assert loop["trips"] == 3 and {x: loop[x] for x in total} == {
+        "launches": 5,
+        "outside": 2,
+        "waits": 2,
+    }
+    assert [(inner["trips"], inner["launches"]) for inner in loop["loops"]] == [(None, 2)]
+    assert total == {"launches": 2 + 3 * 5, "outside": 3 * 2, "waits": 3 * 2}

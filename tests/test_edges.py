@@ -89,16 +89,22 @@ RINGS += [("pqn_minatar", "ImageRing", 16)]
 
 @pytest.mark.parametrize("script, env_id, num_steps", RINGS, indirect=["script"])
 def test_truncation_by_a_rule_of_its_own(script, games, env_id, num_steps):
-    """The value of each place, 0.8^(4-p) / (1 - 0.8^5), though many steps, or a few, are cut."""
+    """The value of each place, 0.8^(4-p) / (1 - 0.8^5), though many steps, or a few, are cut.
+
+    In two seeds of one program, each with other steps cut.
+    """
     sizes = {"num_envs": 32, "num_steps": num_steps, "num_minibatches": 8, "num_epochs": 2}
     sizes |= {"total_timesteps": 400 * 512, "hidden_size": 32, "eval_interval": 0}
     sizes |= {"num_channels": 4} if hasattr(script, "GAMES") else {}
     settings = {"gamma": 0.8, "td_lambda": 0.0, "learning_rate": 3e-3, "reward_scale": 1.0}
     config = script.Config(env_id=env_id, **sizes, **settings)
-    state, _ = jax.jit(script.make_train(config), compiler_options=WELL)(jax.random.key(0))
+    train, keys = jax.vmap(script.make_train(config)), jax.random.split(jax.random.key(0), 2)
+    state, _ = jax.jit(train, compiler_options=WELL)(keys)
     places = jnp.eye(5) if env_id != "ImageRing" else jax.vmap(ImageRing.in_planes)(jnp.eye(5))
-    values = script.QNetwork(2, config).apply(state.variables, places).max(-1)
-    np.testing.assert_allclose(values, 0.8 ** jnp.array([3, 2, 1, 0, 4]) / (1 - 0.8**5), atol=0.002)
+    network = script.QNetwork(2, config)
+    values = jax.vmap(network.apply, in_axes=(0, None))(state.variables, places).max(-1)
+    expected = 0.8 ** np.array([3, 2, 1, 0, 4]) / (1 - 0.8**5)
+    np.testing.assert_allclose(values, np.tile(expected, (2, 1)), atol=0.002)
 
 
 BILLIONS = {

@@ -391,3 +391,45 @@ def test_epsilon_greedy_is_greedy_for_each_row(script):
 
 def test_every_script_is_tested():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS) | {"pqn_atari"}
+
+
+@one_with("scan_packed")
+def test_packed_scan_equals_scan(script, monkeypatch):
+    """Arrays of all types and sizes come through unchanged, also those that are not packed."""
+
+    def step(carry, key):
+        number = carry["int"].sum() + 1
+        floats = jnp.array([-0.0, 1e-40, jnp.nan, jnp.inf, -1.5], jnp.float32)
+        after = {
+            "float": jnp.roll(carry["float"], 1, axis=1),
+            "int": carry["int"] - number,
+            "large": carry["large"] + 1,
+            "half": carry["half"] * 2,
+            "byte": carry["byte"] + jnp.uint8(100),
+            "empty": carry["empty"],
+            "key": jax.vmap(jax.random.split)(carry["key"])[:, 0],
+        }
+        output = {"end": after["int"] % 2 == 0, "none": (), "before": carry, "same": floats[:3]}
+        return after, output | {"bits": jax.random.bits(key, (3,), jnp.uint32)}
+
+    carry = {
+        "float": jnp.tile(jnp.array([-0.0, 1e-40, jnp.nan, jnp.inf, -1.5], jnp.float32), (3, 1)),
+        "int": jnp.array([[[2**31 - 1]], [[-5]], [[0]]], jnp.int32),
+        "large": jnp.arange(3 * 1000.0).reshape(3, 1000),
+        "half": jnp.ones((3, 2), jnp.bfloat16),
+        "byte": jnp.ones((3,), jnp.uint8),
+        "empty": jnp.ones((3, 0)),
+        "key": jax.random.split(jax.random.key(0), 3),
+    }
+    keys = jax.random.split(jax.random.key(1), 4)
+    expected = script.scan_packed(step, carry, keys)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    first = script.scan_packed(step, carry, keys)
+    together = jax.vmap(lambda keys: script.scan_packed(step, carry, keys))(jnp.stack([keys] * 2))
+    for other in (first, jax.tree.map(lambda x: x[1], together)):
+        assert jax.tree.structure(other) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                a, b = jax.random.key_data(a), jax.random.key_data(b)
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

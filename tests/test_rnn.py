@@ -211,9 +211,12 @@ def test_craftax():
 ENVS_OVER_DEVICES = """
 import sys, jax, numpy as np
 assert len(jax.devices()) == 2
+constrain, divided = jax.lax.with_sharding_constraint, []
+jax.lax.with_sharding_constraint = lambda x, spec: divided.append(spec) or constrain(x, spec)
 from pqn_rnn_craftax import main, parse_args
 run_dir = main(parse_args(sys.argv[1:]))
 print(run_dir)
+print("minibatches are", "divided" if divided else "whole")
 """
 
 
@@ -239,6 +242,7 @@ def test_environments_of_one_seed_over_two_devices(tmp_path):
         done = subprocess.run(arguments, cwd=tmp_path, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"on {number} x cpu" in done.stdout
+        assert f"minibatches are {'whole' if number == 1 else 'divided'}" in done.stdout
         (csv,) = (tmp_path / str(number)).glob("*/metrics.csv")
         tables.append(np.loadtxt(csv, delimiter=",", skiprows=1))
     np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-4)

@@ -221,9 +221,30 @@ def wall_clock(_: str) -> str:
     return "![Return over seconds](results/wall_clock.png)" if exists else NOT_RUN
 
 
+def launches(name: str) -> str:
+    """What XLA launches in an update of scripts and peers, counted without a GPU."""
+    studies = find(name)
+    if not studies:
+        return NOT_RUN
+    rows = []
+    for group, programs in studies[name]["counts"].items():
+        for title, by_seeds in programs.items():
+            for seeds, counts in by_seeds.items():
+                update = counts["update"]
+                loops = [loop for loop in update["loops"] if loop["trips"]]
+                steps = [f"{loop['launches']:,}" for loop in (loops[0], loops[-1])]
+                cells = [f"{update[key]:,}" for key in ("launches", "outside", "waits")]
+                memory = f"{counts['memory_mib']:,.0f}"
+                rows.append([f"`{title}`", group, seeds, cells[0], *steps, *cells[1:], memory])
+    head = ["program", "", "seeds", "launches", "first loop, a step", "last loop, a step"]
+    versions = f"Compiled for an H100 by jax {studies[name]['versions']['jax']}; nothing was run."
+    table = markdown([*head, "outside of graphs", "waits", "MiB"], rows)
+    return "\n\n".join([table, versions, commands(studies)])
+
+
 def fill(template: str) -> str:
     """The template with every mark replaced by what it stands for."""
-    makers = study, seconds, speeds_of_curves, achievements, wall_clock
+    makers = study, seconds, speeds_of_curves, achievements, wall_clock, launches
     kinds = {make.__name__: make for make in makers}
     pattern = rf"<!-- ({'|'.join(kinds)})\b *(.*?) -->"
     return re.sub(pattern, lambda match: kinds[match[1]](match[2]), template)
