@@ -414,16 +414,6 @@ def make_train(config: Config):
     def no_step(learner, *_):
         return learner, jnp.array([jnp.nan, jnp.nan, 0], jnp.float32)
 
-    def iteration(learn, state, inputs):
-        """num_steps steps of all environments, and learn: a gradient step, or no step."""
-        step, keys, bits, rate = inputs
-        state, infos = collect(state, step, keys)
-        filled = jnp.minimum(step + config.num_steps, num_rows)
-        batch = replay_sample(state.replay, bits, filled)
-        learner = state.params, state.opt_state
-        (params, opt_state), losses = learn(learner, state.target_params, batch, rate)
-        return state._replace(params=params, opt_state=opt_state), (infos, losses)
-
     def evaluate(state, key):
         """Mean return of eval_episodes greedy episodes, each from reset to end."""
 
@@ -457,19 +447,24 @@ def make_train(config: Config):
         learning = number >= first_update
         first_step = number * config.target_interval * config.num_steps
 
+        def iteration(state, inputs):
+            step, keys, bits, rate = inputs
+            state, infos = collect(state, step, keys)
+            filled = jnp.minimum(step + config.num_steps, num_rows)
+            batch = replay_sample(state.replay, bits, filled)
+            operands = (state.params, state.opt_state), state.target_params, batch, rate
+            # On a GPU this branch is in a CUDA graph; around the scan, it would copy the replay.
+            learner, losses = jax.lax.cond(learning, gradient_step, no_step, *operands)
+            params, opt_state = learner
+            return state._replace(params=params, opt_state=opt_state), (infos, losses)
+
         shape = config.target_interval, config.num_steps, 1 + config.num_envs
         keys = jax.random.split(collect_key, shape)
         shape = config.target_interval, config.batch_size
         bits = jax.random.bits(sample_key, shape, jnp.uint32)
         steps = first_step + config.num_steps * jnp.arange(config.target_interval)
         rates = learning_rate(number, jnp.arange(config.target_interval))
-        # A branch around the rounds, not one in each of them, at which a GPU waits for the host.
-        learn, wait = (
-            functools.partial(jax.lax.scan, functools.partial(iteration, step))
-            for step in (gradient_step, no_step)
-        )
-        inputs = steps, keys, bits, rates
-        state, (infos, losses) = jax.lax.cond(learning, learn, wait, state, inputs)
+        state, (infos, losses) = jax.lax.scan(iteration, state, (steps, keys, bits, rates))
         target_params = optax.incremental_update(state.params, state.target_params, config.tau)
         state = state._replace(target_params=target_params, update=number + 1)
 
