@@ -824,9 +824,8 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
         say(f"{run_dir} is finished: all {update} updates are done")
         return run_dir
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    title = f"{config.env_id}, {config.num_seeds} seed{'s'[: config.num_seeds - 1]} on {device}"
-    games = ", with new games" if update else ""
-    say(f"{SCRIPT.stem}: {title}, in {run_dir}{games}; compiling takes seconds to a minute")
+    title = f"{config.env_id}{' with new games' if update else ''}, 1 seed on {device}"
+    say(f"{SCRIPT.stem}: {title}, in {run_dir}; compiling takes seconds to a minute")
     started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
     init, run_chunk = make_programs(config, make_train(config), mesh)
     lock, wandb_runs, checkpoints = start_run(config, run_dir)
