@@ -544,7 +544,7 @@ class Actor(NamedTuple):
 
     env: EnvState
     statistics: Statistics  # of observations
-    window: Step | None  # [n_steps - 1, num_envs, ...], steps with incomplete n-step windows
+    window: Step | None  # [n_steps - 1, num_envs, ...], steps with incomplete windows, if any
 
 
 class VLearner(NamedTuple):
@@ -594,7 +594,7 @@ def exploration_noise(config: Config, key, num_steps: int, action_size: int, war
     return noise * stddevs[:, None]
 
 
-def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step]:
+def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step | None]:
     """The n-step transitions of steps, and the last steps, whose windows are incomplete."""
     terminated, truncated = steps.terminated, steps.truncated
     if not config.bootstrap_on_truncation:
@@ -602,7 +602,8 @@ def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step]:
     outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, truncated
     reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
     starts = steps.obs[: len(reward)], steps.action[: len(reward)]
-    window = jax.tree.map(lambda x: x[len(reward) :], steps)
+    # None instead of empty arrays, which orbax refuses to save.
+    window = jax.tree.map(lambda x: x[len(reward) :], steps) if config.n_steps > 1 else None
     reward, discount = reward.astype(jnp.float32), discount.astype(jnp.float32)
     return Transition(*starts, reward, discount, next_obs), window
 
@@ -695,7 +696,7 @@ def make_train(config: Config):
         inputs = noise, jax.random.split(step_key, num_steps)
         actor, (steps, sums) = jax.lax.scan(step, state.actor, inputs)
 
-        if not warmup:
+        if state.actor.window is not None:
             steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, steps)
         transitions, window = transitions_of(config, steps)
         return actor._replace(window=window), transitions, sums

@@ -110,7 +110,8 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
             expected = sum(0.1 * 0.5**i * reward for i, reward in enumerate(rewards[: k - failed]))
             np.testing.assert_allclose(replay.reward[index], expected, atol=1e-5)
     # The statistics are those of all observations that the actor has seen.
-    seen = [replay.obs[:num_rows], state.fresh.obs, state.actor.window.obs]
+    seen = [replay.obs[:num_rows], state.fresh.obs]
+    seen += [state.actor.window.obs] if state.actor.window else []
     seen = np.concatenate(seen).reshape(-1, 2)
     np.testing.assert_allclose(state.actor.statistics.mean, seen.mean(0), rtol=1e-5)
     np.testing.assert_allclose(state.actor.statistics.var, seen.var(0), rtol=1e-4)
