@@ -65,7 +65,7 @@ def test_an_update_made_again(reduction, bootstrap, monkeypatch):
     rewards, next_values, terminated, truncated, *_ = arguments[0]
     actor, critics = pqn.DeterministicPolicy(1, config), pqn.Critics(config)
     networks = before.networks
-    mean, stddev = np.array([2.0, 0.5]), np.sqrt(np.array([2.0, 0.3]) + 1e-4)
+    mean, stddev = np.array([2.0, 0.5]), np.sqrt(np.array([2.0, 0.3]) + 1e-8)
     obs, next_obs = (jnp.clip((x - mean) / stddev, -1.2, 1.2) for x in (rows.obs, rows.next_obs))
 
     def value(obs, action):
