@@ -2,8 +2,7 @@
 
 Proximal Policy Optimisation: Schulman et al., 2017, arXiv 1707.06347, with the details of CleanRL's
 ppo_continuous_action.py, as in PureJaxRL (Lu et al., 2022). Unlike ppo_cartpole.py, it has a
-Gaussian policy, and normalises observations and rewards by running statistics. These are updated
-once per update, not at every step, and normalised rewards are not clipped.
+Gaussian policy, and normalises observations and rewards by running statistics.
 
     python ppo_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
@@ -57,7 +56,13 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxRL's, except env_id, backend and obs_clip (CleanRL's)."""
+    """The defaults are PureJaxRL's, except env_id, backend and obs_clip (CleanRL's).
+
+    Unlike PureJaxRL: it bootstraps at time limits; the running statistics of observations and
+    rewards are updated once per update, not at every step, and those of observations start from a
+    rollout with random actions, which global_step does not count. Unlike CleanRL: normalised
+    rewards are not clipped.
+    """
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
@@ -483,6 +488,25 @@ def mean_episode(env: Env, key: jax.Array, num_episodes: int, policy: Callable) 
     return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean(axis=1)
 
 
+def random_statistics(env: Env, key: jax.Array, num_envs: int, num_steps: int) -> Statistics:
+    """Statistics of the observations of a rollout with uniformly random actions."""
+
+    def step(carry, key):
+        env_state, statistics = carry
+        action_key, step_key = jax.random.split(key)
+        statistics = update_statistics(statistics, env_state.obs)
+        shape = num_envs, env.action_size
+        action = jax.random.uniform(action_key, shape, jnp.float32, minval=-1)
+        env_state, _, _ = step_envs(env, step_key, env_state, action)
+        return (env_state, statistics), None
+
+    reset_key, step_key = jax.random.split(key)
+    mean = jnp.zeros(env.obs_size, jnp.float32)
+    statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
+    carry = reset_envs(env, reset_key, num_envs), statistics
+    return jax.lax.scan(step, carry, jax.random.split(step_key, num_steps))[0][1]
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -542,14 +566,15 @@ def make_train(config: Config):
     optimizer = optax.flatten(optax.chain(clip, optax.scale_by_adam(eps=1e-5)))
 
     def init(key):
-        key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
+        key, actor_key, critic_key, reset_key, random_key = jax.random.split(key, 5)
         env_state = reset_envs(env, reset_key, config.num_envs)
-        obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
+        obs = env_state.obs
         networks = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
         return TrainState(
             networks,
             optimizer.init(networks),
-            Statistics(mean, jnp.ones_like(mean), jnp.float32(0)),
+            # So that the first update, too, learns from normalised observations.
+            random_statistics(env, random_key, config.num_envs, config.num_steps),
             Statistics(*jnp.array([0, 1, 0], jnp.float32)),
             env_state,
             jnp.zeros(config.num_envs, jnp.float32),

@@ -4,9 +4,7 @@ PQN: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 this is the actor-critic form that PureJaxQL added in November 2025 (pqn_mujoco_playground.py).
 Unlike pql_isaac_style.py, it has no replay buffer and no target networks: critics with layer
 normalisation learn SARSA(lambda) from each rollout, exploration noise included, and a deterministic
-policy ascends their gradient, held near the policy that collected the rollout. Unlike PureJaxQL,
-it bootstraps at time limits, and updates the running statistics of observations and rewards once
-per update, not at every step.
+policy ascends their gradient, held near the policy that collected the rollout.
 
     python pqn_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
@@ -62,8 +60,10 @@ from tqdm import tqdm
 class Config:
     """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's.
 
-    PureJaxQL anneals the learning rate at every gradient step, to 0.5 % of its initial value; here
-    it is annealed at every update, to zero.
+    Unlike PureJaxQL: it bootstraps at time limits; the learning rate is annealed at every update,
+    to zero, not at every gradient step, to 0.5 % of its initial value; the running statistics of
+    observations and rewards are updated once per update, not at every step, and those of
+    observations start from a rollout with random actions, which global_step does not count.
     """
 
     seed: int = 0
@@ -493,6 +493,25 @@ def mean_episode(env: Env, key: jax.Array, num_episodes: int, policy: Callable) 
     return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean(axis=1)
 
 
+def random_statistics(env: Env, key: jax.Array, num_envs: int, num_steps: int) -> Statistics:
+    """Statistics of the observations of a rollout with uniformly random actions."""
+
+    def step(carry, key):
+        env_state, statistics = carry
+        action_key, step_key = jax.random.split(key)
+        statistics = update_statistics(statistics, env_state.obs)
+        shape = num_envs, env.action_size
+        action = jax.random.uniform(action_key, shape, jnp.float32, minval=-1)
+        env_state, _, _ = step_envs(env, step_key, env_state, action)
+        return (env_state, statistics), None
+
+    reset_key, step_key = jax.random.split(key)
+    mean = jnp.zeros(env.obs_size, jnp.float32)
+    statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
+    carry = reset_envs(env, reset_key, num_envs), statistics
+    return jax.lax.scan(step, carry, jax.random.split(step_key, num_steps))[0][1]
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -563,9 +582,9 @@ def make_train(config: Config):
     )
 
     def init(key):
-        key, actor_key, critics_key, reset_key = jax.random.split(key, 4)
+        key, actor_key, critics_key, reset_key, random_key = jax.random.split(key, 5)
         env_state = reset_envs(env, reset_key, config.num_envs)
-        obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
+        obs = env_state.obs
         action = jnp.zeros((config.num_envs, env.action_size), jnp.float32)
         networks = {
             "actor": actor.init(actor_key, obs),
@@ -574,7 +593,8 @@ def make_train(config: Config):
         return TrainState(
             networks,
             optimizer.init(networks),
-            Statistics(mean, jnp.ones_like(mean), jnp.float32(0)),
+            # So that the first update, too, learns from normalised observations.
+            random_statistics(env, random_key, config.num_envs, config.num_steps),
             Statistics(*jnp.array([0, 1, 0], jnp.float32)),
             env_state,
             jnp.zeros(config.num_envs, jnp.float32),
