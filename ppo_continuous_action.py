@@ -4,6 +4,10 @@ Proximal Policy Optimisation: Schulman et al., 2017, arXiv 1707.06347, with the 
 ppo_continuous_action.py, as in PureJaxRL (Lu et al., 2022). Unlike ppo_cartpole.py, it has a
 Gaussian policy, and normalises observations and rewards by running statistics.
 
+Unlike PureJaxRL, it bootstraps at time limits, and updates the statistics once per update, not at
+every step; those of observations start from a rollout with random actions, which global_step does
+not count. Unlike CleanRL, it does not clip normalised rewards.
+
     python ppo_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
     from ppo_continuous_action import Config, make_train  # as a library: a pure function of a key
@@ -56,13 +60,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxRL's, except env_id, backend and obs_clip (CleanRL's).
-
-    Unlike PureJaxRL: it bootstraps at time limits; the running statistics of observations and
-    rewards are updated once per update, not at every step, and those of observations start from a
-    rollout with random actions, which global_step does not count. Unlike CleanRL: normalised
-    rewards are not clipped.
-    """
+    """The defaults are PureJaxRL's, except env_id, backend and obs_clip (CleanRL's)."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""

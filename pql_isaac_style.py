@@ -77,10 +77,6 @@ class Config:
 
     Fields that are None take the default of the algorithm or task when a Config is made. For
     another one make a new Config: dataclasses.replace keeps the old one's values.
-
-    Unlike the authors' code: the update ratios are exact, as no process waits for another; values
-    are bootstrapped at time limits; an episode's last windows are shorter than n_steps, with a
-    discount to match.
     """
 
     seed: int = 0

@@ -6,6 +6,11 @@ Unlike pql_isaac_style.py, it has no replay buffer and no target networks: criti
 normalisation learn SARSA(lambda) from each rollout, exploration noise included, and a deterministic
 policy ascends their gradient, held near the policy that collected the rollout.
 
+Unlike PureJaxQL, it bootstraps at time limits; anneals the learning rate at every update, to zero,
+not at every gradient step, to 0.5 %; and updates the running statistics of observations and rewards
+once per update, not at every step. Those of observations start from a rollout with random actions,
+which global_step does not count.
+
     python pqn_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
     from pqn_continuous_action import Config, make_train  # as a library: a pure function of a key
@@ -58,13 +63,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's.
-
-    Unlike PureJaxQL: it bootstraps at time limits; the learning rate is annealed at every update,
-    to zero, not at every gradient step, to 0.5 % of its initial value; the running statistics of
-    observations and rewards are updated once per update, not at every step, and those of
-    observations start from a rollout with random actions, which global_step does not count.
-    """
+    """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
