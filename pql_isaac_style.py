@@ -60,9 +60,24 @@ from tqdm import tqdm
 # --- Configuration --------------------------------------------------------------------------------
 
 
+# Of PQL and of the paper's baselines, which do not clip observations.
+DEFAULTS = {
+    "pql": {"policy_updates": 4, "obs_clip": 5.0},
+    "pql_d": {"policy_updates": 4, "obs_clip": 5.0},
+    "ddpg_n": {"policy_updates": 8, "obs_clip": math.inf},
+    "sac_n": {"policy_updates": 8, "obs_clip": math.inf},
+}
+# Of the paper's tasks that brax has; its other scales are for tasks of Isaac Gym.
+REWARD_SCALES = {"ant": 0.01, "humanoid": 0.01}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's, for a GPU."""
+    """The defaults are the paper's, for a GPU.
+
+    Fields that are None take the default of the algorithm or task when a Config is made. For
+    another one make a new Config: dataclasses.replace keeps the old one's values.
+    """
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
@@ -96,14 +111,15 @@ class Config:
     """Discount factor."""
     n_steps: int = 3
     """Rewards in an n-step target."""
-    reward_scale: float = 0.01
-    """Scale of training rewards; reported returns are unscaled."""
+    reward_scale: float | None = None
+    """Scale of training rewards, not of reported ones. Default: 0.01 for ant and humanoid, as in
+    the paper, else 1: choose one that keeps values small, with pql_d within value_bound."""
     critic_updates: int = 8
     """Critic updates per step of all environments; the paper's beta_a:v is 1:critic_updates."""
-    policy_updates: int = 4
+    policy_updates: int | None = None
     """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates.
 
-    The paper has 8 for ddpg_n and sac_n."""
+    Default: 4; 8 with ddpg_n and sac_n."""
     buffer_size: int = 5_000_000
     """Transitions in each seed's replay, on the device; saved in every checkpoint."""
     batch_size: int = 8192
@@ -120,8 +136,10 @@ class Config:
     """Standard deviation of the noise on the next actions in targets (not sac_n)."""
     target_noise_clip: float = 0.2
     """Clip range of the noise on the next actions in targets (not sac_n)."""
-    obs_clip: float = 5.0
-    """Clip range of the learners' normalised observations; the actor's are not clipped."""
+    obs_clip: float | None = None
+    """Clip range of the learners' normalised observations; the actor's are not clipped.
+
+    Default: 5; none (inf) with ddpg_n and sac_n."""
     num_atoms: int = 51
     """Atoms of the return distribution (pql_d)."""
     value_bound: float = 10.0
@@ -134,7 +152,7 @@ class Config:
     eval_interval: int = 20
     """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes per evaluation, each in its own environment."""
+    """Episodes per evaluation, each in its own environment and to its end, which has to come."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -164,7 +182,14 @@ class Config:
         return (self.total_timesteps - self.warmup_timesteps) // self.steps_per_update
 
     def __post_init__(self):
-        """Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32."""
+        """Fills in the defaults of the algorithm and task, then checks the values.
+
+        Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32.
+        """
+        defaults = DEFAULTS[self.algorithm] | {"reward_scale": REWARD_SCALES.get(self.env_id, 1.0)}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name, value in vars(self).items():
             if isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer):
                 object.__setattr__(self, name, value.item())
@@ -210,17 +235,24 @@ LIMITS = [
 
 
 class MLP(nn.Module):
-    """Dense layers with ELU, PyTorch's initial weights: [..., num_inputs] to [..., num_outputs]."""
+    """Dense layers with ELU, initialised as PyTorch's: [..., num_inputs] to [..., num_outputs]."""
 
     num_outputs: int
     hidden_sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        def dense(size, x):
+            bound = x.shape[-1] ** -0.5  # of weights and biases, which are uniform
+
+            def init(key, shape, dtype):
+                return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+            return nn.Dense(size, kernel_init=init, bias_init=init)(x)
+
         for size in self.hidden_sizes:
-            x = nn.elu(nn.Dense(size, kernel_init=init)(x))
-        return nn.Dense(self.num_outputs, kernel_init=init)(x)
+            x = nn.elu(dense(size, x))
+        return dense(self.num_outputs, x)
 
 
 class DoubleCritic(nn.Module):
@@ -368,38 +400,14 @@ class Env(NamedTuple):
     step: Callable  # key, physics, action -> physics, obs, reward, terminated, truncated
     obs_size: int
     action_size: int
-    max_steps: int
+    max_steps: float = math.inf  # steps after which an episode is cut, whatever step says
+    max_size: float = math.inf  # observations and rewards this large show that the physics failed
 
 
-def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
-    """The brax or dm_control environment, which share an interface, and its time limit."""
-    brax_ids = "ant halfcheetah hopper humanoid humanoidstandup inverted_double_pendulum"
-    brax_ids += " inverted_pendulum pusher reacher swimmer walker2d"
-    brax_ids = tuple(brax_ids.split())
-    # Imported on demand, as both take seconds; silenced, as they print about missing packages.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        if env_id in brax_ids:
-            try:
-                from brax import envs
-
-                return envs.get_environment(env_id, backend=backend), 1000
-            except ImportError as error:
-                needs = "which needs brax (pip install brax)"
-                raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
-            except (ValueError, AssertionError) as error:
-                message = f"--backend is {backend}; --env-id {env_id} does not support it: {error}"
-                raise ValueError(message) from error
-        try:
-            from mujoco_playground import dm_control_suite
-        except ImportError as error:
-            needs = f"a task of dm_control needs playground (pip install playground): {error}"
-            known = ", ".join((*brax_ids, *others))
-            raise ValueError(f"--env-id is {env_id}; {needs}; else one of {known}") from error
-        if env_id in dm_control_suite.ALL_ENVS:
-            max_steps = dm_control_suite.get_default_config(env_id).episode_length
-            return dm_control_suite.load(env_id, config_overrides={"impl": "jax"}), max_steps
-    known = ", ".join((*brax_ids, *dm_control_suite.ALL_ENVS, *others))
-    raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
+BRAX_TASKS = [
+    "ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_double_pendulum",
+    "inverted_pendulum", "pusher", "reacher", "swimmer", "walker2d",
+]  # fmt: skip
 
 
 def make_env(env_id: str, backend: str) -> Env:
@@ -412,56 +420,101 @@ def make_env(env_id: str, backend: str) -> Env:
     except ImportError as error:
         needs = "which needs gymnax (pip install gymnax)"
         raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
-
     if env_id in gymnax.registered_envs:
-        env, params = gymnax.make(env_id)
-        space = env.action_space(params)
-        spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
-        if spaces != ["Box", "Box"]:
-            takes = "it takes Box observations and actions"
-            raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
-        if not np.isfinite(np.subtract(space.high, space.low)).all():
-            raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
-        if not hasattr(params, "max_steps_in_episode"):
-            raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
+        return make_gymnax(env_id)
+    # Silenced, as brax and playground print about missing packages.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        if env_id in BRAX_TASKS:
+            return make_brax(env_id, backend)
+        return make_dm_control(env_id, [*BRAX_TASKS, *gymnax.registered_envs])
 
-        def reset(key):
-            obs, physics = env.reset_env(key, params)
-            return physics, obs.ravel().astype(jnp.float32)
 
-        def step(key, physics, action):
-            action = space.low + (action + 1) / 2 * (space.high - space.low)
-            action = action.reshape(space.shape)
-            obs, physics, reward, terminated, _ = env.step_env(key, physics, action, params)
-            truncated = env.is_truncated(physics, params)
-            obs, reward = obs.ravel().astype(jnp.float32), jnp.float32(reward)
-            return physics, obs, reward, terminated, truncated
+def make_gymnax(env_id: str) -> Env:
+    """An environment of gymnax; its own rules alone end its episodes."""
+    import gymnax
 
-        obs_size = math.prod(env.observation_space(params).shape)
-        return Env(reset, step, obs_size, math.prod(space.shape), params.max_steps_in_episode)
+    env, params = gymnax.make(env_id)
+    space = env.action_space(params)
+    spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
+    if spaces != ["Box", "Box"]:
+        takes = "it takes Box observations and actions"
+        raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
+    if not np.isfinite(np.subtract(space.high, space.low)).all():
+        raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
 
-    env, max_steps = make_physics(env_id, backend, tuple(gymnax.registered_envs))
+    def reset(key):
+        obs, state = env.reset_env(key, params)
+        return state, obs.ravel().astype(jnp.float32)
+
+    def step(key, state, action):
+        action = space.low + (action + 1) / 2 * (space.high - space.low)
+        action = action.reshape(space.shape)
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        truncated = env.is_truncated(state, params)
+        return state, obs.ravel().astype(jnp.float32), jnp.float32(reward), terminated, truncated
+
+    obs_size = math.prod(env.observation_space(params).shape)
+    return Env(reset, step, obs_size, math.prod(space.shape))
+
+
+def make_brax(env_id: str, backend: str) -> Env:
+    """A task of brax."""
+    try:
+        from brax import envs
+
+        env = envs.get_environment(env_id, backend=backend)
+    except ImportError as error:
+        needs = "which needs brax (pip install brax)"
+        raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
+    except (ValueError, AssertionError) as error:
+        message = f"--backend is {backend}; --env-id {env_id} does not support it: {error}"
+        raise ValueError(message) from error
+    return make_physics(env, max_steps=1000)
+
+
+def make_dm_control(env_id: str, others: list[str]) -> Env:
+    """A task of dm_control, from MuJoCo Playground; the error for an unknown id names others."""
+    try:
+        from mujoco_playground import dm_control_suite
+    except ImportError as error:
+        needs = f"a task of dm_control needs playground (pip install playground): {error}"
+        known = f"else one of {', '.join(others)}"
+        raise ValueError(f"--env-id is {env_id}; {needs}; {known}") from error
+    if env_id not in dm_control_suite.ALL_ENVS:
+        known = ", ".join([*others, *dm_control_suite.ALL_ENVS])
+        raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
+    env = dm_control_suite.load(env_id, config_overrides={"impl": "jax"})
+    return make_physics(env, dm_control_suite.get_default_config(env_id).episode_length)
+
+
+def make_physics(env, max_steps: int) -> Env:
+    """A task of brax or dm_control, which share an interface; both leave time limits to wrappers.
+
+    The observation is left out of its state, as no task reads it and EnvState has it, and so are
+    empty arrays, which orbax refuses to save.
+    """
     shapes = jax.eval_shape(env.reset, jax.random.key(0))
+    is_kept = jax.tree.map(lambda x: x.size > 0, shapes).replace(obs=False)
 
-    def without_empty(state):  # dm_control has empty arrays, which orbax refuses to save
-        return jax.tree.map(lambda shape, x: x if shape.size else None, shapes, state)
+    def pack(state):
+        return jax.tree.map(lambda keep, x: x if keep else None, is_kept, state)
 
-    def with_empty(state):
-        def fill(shape, x):
-            return x if shape.size else jnp.zeros(shape.shape, shape.dtype)
+    def unpack(state):
+        def fill(keep, shape, x):
+            return x if keep else jnp.zeros(shape.shape, shape.dtype)
 
-        return jax.tree.map(fill, shapes, state)
+        return jax.tree.map(fill, is_kept, shapes, state)
 
     def reset(key):
         state = env.reset(key)
-        return without_empty(state), state.obs.astype(jnp.float32)
+        return pack(state), state.obs.astype(jnp.float32)
 
     def step(key, state, action):
-        state = env.step(with_empty(state), action)
+        state = env.step(unpack(state), action)
         obs, reward = state.obs.astype(jnp.float32), jnp.float32(state.reward)
-        return without_empty(state), obs, reward, state.done > 0, jnp.bool_(False)
+        return pack(state), obs, reward, state.done > 0, jnp.bool_(False)
 
-    return Env(reset, step, env.observation_size, env.action_size, max_steps)
+    return Env(reset, step, env.observation_size, env.action_size, max_steps, max_size=1e6)
 
 
 class EnvState(NamedTuple):
@@ -493,14 +546,15 @@ def reset_envs(env: Env, key: jax.Array, num_envs: int) -> EnvState:
 def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     """The state after a step of all environments, the Step, and sums over finished episodes.
 
-    An environment whose episode ends begins a new one. Where the physics fail (NaN, or an
-    observation or reward of 1e6 or more), the episode is truncated, with reward 0 and the
-    observation before the failure.
+    An environment whose episode ends begins a new one. Where a step fails (an observation or reward
+    that is NaN, infinite or, in brax and dm_control, of 1e6 or more), the episode is truncated,
+    with reward 0 and the observation before the failure.
     """
     step_key, reset_key = jax.random.split(key)
     keys = jax.random.split(step_key, len(action))
     physics, next_obs, reward, *ends = jax.vmap(env.step)(keys, state.physics, action)
-    failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
+    size = jnp.maximum(jnp.abs(next_obs).max(axis=-1), jnp.abs(reward))
+    failed = ~(size < env.max_size)  # also where it is NaN
     next_obs = jnp.where(failed[:, None], state.obs, next_obs)
     reward = jnp.where(failed, 0, reward)
     length, episodic_return = state.length + 1, state.episodic_return + reward
@@ -520,20 +574,20 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     return after, step, jax.tree.map(jnp.sum, sums)
 
 
-def mean_return(env: Env, key: jax.Array, num_episodes: int, policy: Callable) -> jax.Array:
-    """Mean return of episodes with actions policy(obs), each from reset to end."""
+def mean_episode(env: Env, key: jax.Array, num_episodes: int, policy: Callable) -> jax.Array:
+    """Mean return and length of episodes with actions policy(obs), each from reset to end."""
 
     def step(carry):
-        env_state, returns, finished, key = carry
+        env_state, results, finished, key = carry
         key, step_key = jax.random.split(key)
         env_state, step, _ = step_envs(env, step_key, env_state, policy(env_state.obs))
-        returns += jnp.where(finished, 0, step.reward)
-        return env_state, returns, finished | step.terminated | step.truncated, key
+        results += jnp.where(finished, 0, jnp.stack([step.reward, jnp.ones_like(step.reward)]))
+        return env_state, results, finished | step.terminated | step.truncated, key
 
     reset_key, step_key = jax.random.split(key)
-    returns, finished = jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, bool)
-    carry = reset_envs(env, reset_key, num_episodes), returns, finished, step_key
-    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
+    results, finished = jnp.zeros((2, num_episodes), jnp.float32), jnp.zeros(num_episodes, bool)
+    carry = reset_envs(env, reset_key, num_episodes), results, finished, step_key
+    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean(axis=1)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -544,7 +598,7 @@ class Actor(NamedTuple):
 
     env: EnvState
     statistics: Statistics  # of observations
-    window: Step | None  # [n_steps - 1, num_envs, ...], steps with incomplete n-step windows
+    window: Step | None  # [n_steps - 1, num_envs, ...], steps with incomplete windows, if any
 
 
 class VLearner(NamedTuple):
@@ -594,7 +648,7 @@ def exploration_noise(config: Config, key, num_steps: int, action_size: int, war
     return noise * stddevs[:, None]
 
 
-def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step]:
+def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step | None]:
     """The n-step transitions of steps, and the last steps, whose windows are incomplete."""
     terminated, truncated = steps.terminated, steps.truncated
     if not config.bootstrap_on_truncation:
@@ -602,7 +656,8 @@ def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step]:
     outcomes = config.reward_scale * steps.reward, steps.next_obs, terminated, truncated
     reward, discount, next_obs = n_step_transitions(*outcomes, config.gamma, config.n_steps)
     starts = steps.obs[: len(reward)], steps.action[: len(reward)]
-    window = jax.tree.map(lambda x: x[len(reward) :], steps)
+    # None instead of empty arrays, which orbax refuses to save.
+    window = jax.tree.map(lambda x: x[len(reward) :], steps) if config.n_steps > 1 else None
     reward, discount = reward.astype(jnp.float32), discount.astype(jnp.float32)
     return Transition(*starts, reward, discount, next_obs), window
 
@@ -695,7 +750,7 @@ def make_train(config: Config):
         inputs = noise, jax.random.split(step_key, num_steps)
         actor, (steps, sums) = jax.lax.scan(step, state.actor, inputs)
 
-        if not warmup:
+        if state.actor.window is not None:
             steps = jax.tree.map(lambda *x: jnp.concatenate(x), actor.window, steps)
         transitions, window = transitions_of(config, steps)
         return actor._replace(window=window), transitions, sums
@@ -792,13 +847,13 @@ def make_train(config: Config):
         return state._replace(actor=actor, fresh=fresh), (losses, sums)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes."""
+        """Mean return and length of eval_episodes greedy episodes."""
 
         def greedy(obs):
             obs = normalize(obs, state.actor.statistics)
             return choose(state.p_learner.policy, obs, 0.0)[0]
 
-        return mean_return(env, key, config.eval_episodes, greedy)
+        return mean_episode(env, key, config.eval_episodes, greedy)
 
     one_cycle = parallel_cycle if config.algorithm in ("pql", "pql_d") else sequential_cycle
 
@@ -828,10 +883,9 @@ def make_train(config: Config):
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            no_return = jnp.float32(jnp.nan)
-            metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: no_return, state, eval_key
-            )
+            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
+            metrics["eval/episodic_return"], metrics["eval/episodic_length"] = results
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

@@ -66,8 +66,8 @@ class Config:
     num_seeds: int = 1
     """Always 1, as emulators cannot be batched by JAX: start a process for each further --seed."""
     total_timesteps: int = 50_000_000
-    """Total environment steps over all environments, of frame_skip frames each; rounded down to
-    whole updates."""
+    """Total environment steps over all environments, of frame_skip frames each, with those that
+    only start a new game; rounded down to whole updates."""
 
     env_id: str = "pong"
     """Game, by its name in ale-py: breakout, ms_pacman, ..."""
@@ -123,8 +123,9 @@ class Config:
     eval_episodes: int = 8
     """Games per evaluation, each in its own environment."""
     eval_steps: int = 4500
-    """Step limit of an evaluation; unfinished games count their return so far. A greedy policy may
-    play on for ever: 4500 steps are 5 minutes of play, 27000 the usual half hour."""
+    """Step limit of an evaluation. A greedy policy may play on for ever, so unfinished games count
+    their score so far, and eval/episodic_return is too low where games take longer: 4500 steps are
+    5 minutes of play, 27000 the usual half hour."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -133,7 +134,7 @@ class Config:
     checkpoint_interval: float = 60.0
     """Seconds between checkpoints; 0 for one after every chunk of updates."""
     distributed: bool = False
-    """Of no use here: it needs a seed for each host, and a process trains one."""
+    """Refused: it needs a seed for each host, and a process trains one."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases logging."""
     wandb_project: str = "pqn"
@@ -171,6 +172,8 @@ class Config:
             raise ValueError("--norm batch_norm needs more than one transition per minibatch")
         if self.num_updates == 0:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
+        if self.distributed:
+            raise ValueError("--distributed needs a seed for each host, and a process trains one")
 
 
 # Lowest value, highest value, and the fields that they bound.
@@ -375,7 +378,7 @@ class TrainState(NamedTuple):
     variables: Any  # flax variables: params and, for batch norm, batch_stats
     opt_state: Any
     games: Games
-    eval_handle: jax.Array  # [8]: the address of the emulators for evaluation
+    eval_handle: jax.Array | None  # [8]: the address of the emulators for evaluation, if any
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
@@ -413,7 +416,8 @@ def make_train(config: Config):
     env_reset, env_step, env_handle, num_actions = make_env(
         config, config.num_envs, config.episodic_life
     )
-    eval_reset, eval_step, eval_handle, _ = make_env(config, config.eval_episodes, False)
+    if config.eval_interval:
+        eval_reset, eval_step, eval_handle, _ = make_env(config, config.eval_episodes, False)
     network = QNetwork(num_actions, config)
 
     def learning_rate(number, step):
@@ -430,7 +434,8 @@ def make_train(config: Config):
         games = env_reset(env_handle, reset_key)
         variables = network.init(params_key, games.obs)
         opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
-        return TrainState(variables, opt_state, games, jnp.array(eval_handle), key, jnp.int32(0))
+        handle = jnp.array(eval_handle) if config.eval_interval else None
+        return TrainState(variables, opt_state, games, handle, key, jnp.int32(0))
 
     def collect(state, epsilon, key):
         def step(games, key):

@@ -4,9 +4,12 @@ PQN: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 this is the actor-critic form that PureJaxQL added in November 2025 (pqn_mujoco_playground.py).
 Unlike pql_isaac_style.py, it has no replay buffer and no target networks: critics with layer
 normalisation learn SARSA(lambda) from each rollout, exploration noise included, and a deterministic
-policy ascends their gradient, held near the policy that collected the rollout. Unlike PureJaxQL,
-it bootstraps at time limits, and updates the running statistics of observations and rewards once
-per update, not at every step.
+policy ascends their gradient, held near the policy that collected the rollout.
+
+Unlike PureJaxQL, it bootstraps at time limits; anneals the learning rate at every update, to zero,
+not at every gradient step, to 0.5 %; and updates the running statistics of observations and rewards
+once per update, not at every step. Those of observations start from a rollout with random actions,
+which global_step does not count.
 
     python pqn_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
@@ -60,11 +63,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's.
-
-    PureJaxQL anneals the learning rate at every gradient step, to 0.5 % of its initial value; here
-    it is annealed at every update, to zero.
-    """
+    """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
@@ -128,7 +127,7 @@ class Config:
     eval_interval: int = 100
     """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes per evaluation, each in its own environment."""
+    """Episodes per evaluation, each in its own environment and to its end, which has to come."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -289,7 +288,7 @@ def update_statistics(statistics: Statistics, obs: jax.Array) -> Statistics:
 
 def normalize(obs: jax.Array, statistics: Statistics, clip: jax.Array = jnp.inf) -> jax.Array:
     """Observations [..., obs_size] scaled to mean 0 and variance 1, then clipped."""
-    return jnp.clip((obs - statistics.mean) / jnp.sqrt(statistics.var + 1e-4), -clip, clip)
+    return jnp.clip((obs - statistics.mean) / jnp.sqrt(statistics.var + 1e-8), -clip, clip)
 
 
 # --- Environment ----------------------------------------------------------------------------------
@@ -302,38 +301,14 @@ class Env(NamedTuple):
     step: Callable  # key, physics, action -> physics, obs, reward, terminated, truncated
     obs_size: int
     action_size: int
-    max_steps: int
+    max_steps: float = math.inf  # steps after which an episode is cut, whatever step says
+    max_size: float = math.inf  # observations and rewards this large show that the physics failed
 
 
-def make_physics(env_id: str, backend: str, others: tuple[str, ...]):
-    """The brax or dm_control environment, which share an interface, and its time limit."""
-    brax_ids = "ant halfcheetah hopper humanoid humanoidstandup inverted_double_pendulum"
-    brax_ids += " inverted_pendulum pusher reacher swimmer walker2d"
-    brax_ids = tuple(brax_ids.split())
-    # Imported on demand, as both take seconds; silenced, as they print about missing packages.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        if env_id in brax_ids:
-            try:
-                from brax import envs
-
-                return envs.get_environment(env_id, backend=backend), 1000
-            except ImportError as error:
-                needs = "which needs brax (pip install brax)"
-                raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
-            except (ValueError, AssertionError) as error:
-                message = f"--backend is {backend}; --env-id {env_id} does not support it: {error}"
-                raise ValueError(message) from error
-        try:
-            from mujoco_playground import dm_control_suite
-        except ImportError as error:
-            needs = f"a task of dm_control needs playground (pip install playground): {error}"
-            known = ", ".join((*brax_ids, *others))
-            raise ValueError(f"--env-id is {env_id}; {needs}; else one of {known}") from error
-        if env_id in dm_control_suite.ALL_ENVS:
-            max_steps = dm_control_suite.get_default_config(env_id).episode_length
-            return dm_control_suite.load(env_id, config_overrides={"impl": "jax"}), max_steps
-    known = ", ".join((*brax_ids, *dm_control_suite.ALL_ENVS, *others))
-    raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
+BRAX_TASKS = [
+    "ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_double_pendulum",
+    "inverted_pendulum", "pusher", "reacher", "swimmer", "walker2d",
+]  # fmt: skip
 
 
 def make_env(env_id: str, backend: str) -> Env:
@@ -346,56 +321,101 @@ def make_env(env_id: str, backend: str) -> Env:
     except ImportError as error:
         needs = "which needs gymnax (pip install gymnax)"
         raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
-
     if env_id in gymnax.registered_envs:
-        env, params = gymnax.make(env_id)
-        space = env.action_space(params)
-        spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
-        if spaces != ["Box", "Box"]:
-            takes = "it takes Box observations and actions"
-            raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
-        if not np.isfinite(np.subtract(space.high, space.low)).all():
-            raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
-        if not hasattr(params, "max_steps_in_episode"):
-            raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
+        return make_gymnax(env_id)
+    # Silenced, as brax and playground print about missing packages.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        if env_id in BRAX_TASKS:
+            return make_brax(env_id, backend)
+        return make_dm_control(env_id, [*BRAX_TASKS, *gymnax.registered_envs])
 
-        def reset(key):
-            obs, physics = env.reset_env(key, params)
-            return physics, obs.ravel().astype(jnp.float32)
 
-        def step(key, physics, action):
-            action = space.low + (action + 1) / 2 * (space.high - space.low)
-            action = action.reshape(space.shape)
-            obs, physics, reward, terminated, _ = env.step_env(key, physics, action, params)
-            truncated = env.is_truncated(physics, params)
-            obs, reward = obs.ravel().astype(jnp.float32), jnp.float32(reward)
-            return physics, obs, reward, terminated, truncated
+def make_gymnax(env_id: str) -> Env:
+    """An environment of gymnax; its own rules alone end its episodes."""
+    import gymnax
 
-        obs_size = math.prod(env.observation_space(params).shape)
-        return Env(reset, step, obs_size, math.prod(space.shape), params.max_steps_in_episode)
+    env, params = gymnax.make(env_id)
+    space = env.action_space(params)
+    spaces = [type(space).__name__ for space in (env.observation_space(params), space)]
+    if spaces != ["Box", "Box"]:
+        takes = "it takes Box observations and actions"
+        raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
+    if not np.isfinite(np.subtract(space.high, space.low)).all():
+        raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
 
-    env, max_steps = make_physics(env_id, backend, tuple(gymnax.registered_envs))
+    def reset(key):
+        obs, state = env.reset_env(key, params)
+        return state, obs.ravel().astype(jnp.float32)
+
+    def step(key, state, action):
+        action = space.low + (action + 1) / 2 * (space.high - space.low)
+        action = action.reshape(space.shape)
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        truncated = env.is_truncated(state, params)
+        return state, obs.ravel().astype(jnp.float32), jnp.float32(reward), terminated, truncated
+
+    obs_size = math.prod(env.observation_space(params).shape)
+    return Env(reset, step, obs_size, math.prod(space.shape))
+
+
+def make_brax(env_id: str, backend: str) -> Env:
+    """A task of brax."""
+    try:
+        from brax import envs
+
+        env = envs.get_environment(env_id, backend=backend)
+    except ImportError as error:
+        needs = "which needs brax (pip install brax)"
+        raise ValueError(f"--env-id is {env_id}, {needs}: {error}") from error
+    except (ValueError, AssertionError) as error:
+        message = f"--backend is {backend}; --env-id {env_id} does not support it: {error}"
+        raise ValueError(message) from error
+    return make_physics(env, max_steps=1000)
+
+
+def make_dm_control(env_id: str, others: list[str]) -> Env:
+    """A task of dm_control, from MuJoCo Playground; the error for an unknown id names others."""
+    try:
+        from mujoco_playground import dm_control_suite
+    except ImportError as error:
+        needs = f"a task of dm_control needs playground (pip install playground): {error}"
+        known = f"else one of {', '.join(others)}"
+        raise ValueError(f"--env-id is {env_id}; {needs}; {known}") from error
+    if env_id not in dm_control_suite.ALL_ENVS:
+        known = ", ".join([*others, *dm_control_suite.ALL_ENVS])
+        raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
+    env = dm_control_suite.load(env_id, config_overrides={"impl": "jax"})
+    return make_physics(env, dm_control_suite.get_default_config(env_id).episode_length)
+
+
+def make_physics(env, max_steps: int) -> Env:
+    """A task of brax or dm_control, which share an interface; both leave time limits to wrappers.
+
+    The observation is left out of its state, as no task reads it and EnvState has it, and so are
+    empty arrays, which orbax refuses to save.
+    """
     shapes = jax.eval_shape(env.reset, jax.random.key(0))
+    is_kept = jax.tree.map(lambda x: x.size > 0, shapes).replace(obs=False)
 
-    def without_empty(state):  # dm_control has empty arrays, which orbax refuses to save
-        return jax.tree.map(lambda shape, x: x if shape.size else None, shapes, state)
+    def pack(state):
+        return jax.tree.map(lambda keep, x: x if keep else None, is_kept, state)
 
-    def with_empty(state):
-        def fill(shape, x):
-            return x if shape.size else jnp.zeros(shape.shape, shape.dtype)
+    def unpack(state):
+        def fill(keep, shape, x):
+            return x if keep else jnp.zeros(shape.shape, shape.dtype)
 
-        return jax.tree.map(fill, shapes, state)
+        return jax.tree.map(fill, is_kept, shapes, state)
 
     def reset(key):
         state = env.reset(key)
-        return without_empty(state), state.obs.astype(jnp.float32)
+        return pack(state), state.obs.astype(jnp.float32)
 
     def step(key, state, action):
-        state = env.step(with_empty(state), action)
+        state = env.step(unpack(state), action)
         obs, reward = state.obs.astype(jnp.float32), jnp.float32(state.reward)
-        return without_empty(state), obs, reward, state.done > 0, jnp.bool_(False)
+        return pack(state), obs, reward, state.done > 0, jnp.bool_(False)
 
-    return Env(reset, step, env.observation_size, env.action_size, max_steps)
+    return Env(reset, step, env.observation_size, env.action_size, max_steps, max_size=1e6)
 
 
 class EnvState(NamedTuple):
@@ -427,14 +447,15 @@ def reset_envs(env: Env, key: jax.Array, num_envs: int) -> EnvState:
 def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     """The state after a step of all environments, the Step, and sums over finished episodes.
 
-    An environment whose episode ends begins a new one. Where the physics fail (NaN, or an
-    observation or reward of 1e6 or more), the episode is truncated, with reward 0 and the
-    observation before the failure.
+    An environment whose episode ends begins a new one. Where a step fails (an observation or reward
+    that is NaN, infinite or, in brax and dm_control, of 1e6 or more), the episode is truncated,
+    with reward 0 and the observation before the failure.
     """
     step_key, reset_key = jax.random.split(key)
     keys = jax.random.split(step_key, len(action))
     physics, next_obs, reward, *ends = jax.vmap(env.step)(keys, state.physics, action)
-    failed = ~((jnp.abs(next_obs) < 1e6).all(axis=-1) & (jnp.abs(reward) < 1e6))
+    size = jnp.maximum(jnp.abs(next_obs).max(axis=-1), jnp.abs(reward))
+    failed = ~(size < env.max_size)  # also where it is NaN
     next_obs = jnp.where(failed[:, None], state.obs, next_obs)
     reward = jnp.where(failed, 0, reward)
     length, episodic_return = state.length + 1, state.episodic_return + reward
@@ -454,20 +475,39 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     return after, step, jax.tree.map(jnp.sum, sums)
 
 
-def mean_return(env: Env, key: jax.Array, num_episodes: int, policy: Callable) -> jax.Array:
-    """Mean return of episodes with actions policy(obs), each from reset to end."""
+def mean_episode(env: Env, key: jax.Array, num_episodes: int, policy: Callable) -> jax.Array:
+    """Mean return and length of episodes with actions policy(obs), each from reset to end."""
 
     def step(carry):
-        env_state, returns, finished, key = carry
+        env_state, results, finished, key = carry
         key, step_key = jax.random.split(key)
         env_state, step, _ = step_envs(env, step_key, env_state, policy(env_state.obs))
-        returns += jnp.where(finished, 0, step.reward)
-        return env_state, returns, finished | step.terminated | step.truncated, key
+        results += jnp.where(finished, 0, jnp.stack([step.reward, jnp.ones_like(step.reward)]))
+        return env_state, results, finished | step.terminated | step.truncated, key
 
     reset_key, step_key = jax.random.split(key)
-    returns, finished = jnp.zeros(num_episodes, jnp.float32), jnp.zeros(num_episodes, bool)
-    carry = reset_envs(env, reset_key, num_episodes), returns, finished, step_key
-    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean()
+    results, finished = jnp.zeros((2, num_episodes), jnp.float32), jnp.zeros(num_episodes, bool)
+    carry = reset_envs(env, reset_key, num_episodes), results, finished, step_key
+    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1].mean(axis=1)
+
+
+def random_statistics(env: Env, key: jax.Array, num_envs: int, num_steps: int) -> Statistics:
+    """Statistics of the observations of a rollout with uniformly random actions."""
+
+    def step(carry, key):
+        env_state, statistics = carry
+        action_key, step_key = jax.random.split(key)
+        statistics = update_statistics(statistics, env_state.obs)
+        shape = num_envs, env.action_size
+        action = jax.random.uniform(action_key, shape, jnp.float32, minval=-1)
+        env_state, _, _ = step_envs(env, step_key, env_state, action)
+        return (env_state, statistics), None
+
+    reset_key, step_key = jax.random.split(key)
+    mean = jnp.zeros(env.obs_size, jnp.float32)
+    statistics = Statistics(mean, jnp.ones_like(mean), jnp.float32(0))
+    carry = reset_envs(env, reset_key, num_envs), statistics
+    return jax.lax.scan(step, carry, jax.random.split(step_key, num_steps))[0][1]
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -540,9 +580,9 @@ def make_train(config: Config):
     )
 
     def init(key):
-        key, actor_key, critics_key, reset_key = jax.random.split(key, 4)
+        key, actor_key, critics_key, reset_key, random_key = jax.random.split(key, 5)
         env_state = reset_envs(env, reset_key, config.num_envs)
-        obs, mean = env_state.obs, jnp.zeros(env.obs_size, jnp.float32)
+        obs = env_state.obs
         action = jnp.zeros((config.num_envs, env.action_size), jnp.float32)
         networks = {
             "actor": actor.init(actor_key, obs),
@@ -551,7 +591,8 @@ def make_train(config: Config):
         return TrainState(
             networks,
             optimizer.init(networks),
-            Statistics(mean, jnp.ones_like(mean), jnp.float32(0)),
+            # So that the first update, too, learns from normalised observations.
+            random_statistics(env, random_key, config.num_envs, config.num_steps),
             Statistics(*jnp.array([0, 1, 0], jnp.float32)),
             env_state,
             jnp.zeros(config.num_envs, jnp.float32),
@@ -655,8 +696,8 @@ def make_train(config: Config):
         return state, jax.tree.map(jnp.mean, losses)
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes."""
-        return mean_return(env, key, config.eval_episodes, lambda obs: policy(state, obs))
+        """Mean return and length of eval_episodes greedy episodes."""
+        return mean_episode(env, key, config.eval_episodes, lambda obs: policy(state, obs))
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
@@ -675,10 +716,9 @@ def make_train(config: Config):
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            no_return = jnp.float32(jnp.nan)
-            metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: no_return, state, eval_key
-            )
+            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
+            metrics["eval/episodic_return"], metrics["eval/episodic_length"] = results
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

@@ -51,7 +51,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-CRAFTAX = "Craftax-Symbolic-v1", "Craftax-Classic-Symbolic-v1"
+# Their greatest returns, of which papers give the percentage.
+CRAFTAX = {"Craftax-Symbolic-v1": 226, "Craftax-Classic-Symbolic-v1": 22}
 
 # --- Configuration --------------------------------------------------------------------------------
 
@@ -724,6 +725,10 @@ def make_train(config: Config):
             metrics["eval/episodic_return"] = jax.lax.cond(
                 due, evaluate, lambda *_: no_return, state, eval_key
             )
+        for kind in ("charts", "eval") if config.env_id in CRAFTAX else ():
+            if f"{kind}/episodic_return" in metrics:
+                percent = 100 / CRAFTAX[config.env_id] * metrics[f"{kind}/episodic_return"]
+                metrics[f"{kind}/percent_of_maximum"] = percent
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

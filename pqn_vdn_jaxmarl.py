@@ -139,7 +139,8 @@ class Config:
 
     Reported returns exclude them."""
     mixer: Literal["vdn", "none"] = "vdn"
-    """vdn: learn the sum of the agents' values; none: each alone (independent Q-learning)."""
+    """vdn: learn the sum of the agents' values; none: each alone (independent Q-learning), whose
+    return ends with the step in which the agent dies. (In JaxMARL's, one step later.)"""
     network: Literal["gru", "mlp", "cnn"] | None = None
     """cnn takes Overcooked's images only. Default: gru on SMAX, cnn on Overcooked."""
     norm_input: Literal["batch_renorm", "none"] | None = None
@@ -657,6 +658,8 @@ def make_train(config: Config):
         if not config.bootstrap_on_truncation:
             terminated |= truncated
         reward, *ends = (x[..., None] for x in (rollout.reward, terminated, truncated))
+        if config.mixer == "none":  # clear: dead after the step, or the next one masked as a reset
+            ends[0] |= obs.clear[1:]
         target = lambda_returns(reward, next_values, *ends, config.gamma, config.td_lambda)
         learned = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
         count = jnp.maximum(learned.sum(), 1)  # a minibatch may hold nothing but resets

@@ -47,7 +47,7 @@ SCRIPTS = {
     | {"num_envs": 2, "num_steps": 16, "eval_episodes": 1},  # an emulator starts in 0.4 seconds
     "pql_isaac_style": SIZES
     | {"env_id": "Pendulum-v1", "total_timesteps": 13 * 32, "num_steps": 8, "warmup_steps": 8}
-    | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,)},
+    | {"buffer_size": 100, "batch_size": 8, "hidden_sizes": (16,), "reward_scale": 0.01},
 }
 
 if importlib.util.find_spec("ale_py") is None:  # requirements-atari.txt

@@ -218,6 +218,20 @@ def test_norms(norm):
     assert all((x != 0).any() for x in jax.tree.leaves(updated))
 
 
+def test_no_emulators_for_no_evaluation():
+    for eval_interval, more in ((0, 1), (1, 2)):
+        before = len(atari.EMULATORS)
+        train = atari.make_train(dataclasses.replace(TINY, eval_interval=eval_interval))
+        assert len(atari.EMULATORS) == before + more
+        state = jax.eval_shape(train.init, jax.random.key(0))
+        assert (state.eval_handle is None) == (eval_interval == 0)
+
+
+def test_one_process_is_one_host():
+    with pytest.raises(ValueError, match=r"^--distributed "):
+        dataclasses.replace(TINY, distributed=True)
+
+
 def test_no_callback():
     jaxpr = jax.make_jaxpr(atari.make_train(TINY))(jax.random.key(0)).jaxpr
     names = {equation.primitive.name for equation in equations(jaxpr)}

@@ -71,7 +71,40 @@ class ImageRing(Ring):
         return self.in_planes(obs), state
 
 
-for env in (Ring, LongRing, Endless, ImageRing):
+class Plane(environment.Environment):
+    """Rewards each step with 1; cut after seven steps, whatever the parameters say."""
+
+    scale = 1.0
+    default_params = RingParams(max_steps_in_episode=5)
+    action_space = staticmethod(lambda params: spaces.Box(-1, 1, (1,), jnp.float32))
+    observation_space = staticmethod(lambda params: spaces.Box(-1, 1, (3,), jnp.float32))
+
+    def obs(self):
+        return jnp.full(3, self.scale)
+
+    def step_env(self, key, state, action, params):
+        return self.obs(), state + 1, jnp.float32(self.scale), jnp.bool_(False), {}
+
+    def reset_env(self, key, params):
+        return self.obs(), jnp.int32(0)
+
+    def is_truncated(self, state, params):
+        return state >= 7
+
+
+class LargePlane(Plane):
+    """Its observations and rewards are large, and no physics fail."""
+
+    scale = 2e6
+
+
+class FreePlane(Plane):
+    """Its parameters have no time limit."""
+
+    default_params = Endless.default_params
+
+
+for env in (Ring, LongRing, Endless, ImageRing, Plane, LargePlane, FreePlane):
     if env.__name__ not in gymnax.registered_envs:
         gymnax.register(env.__name__, env)
 
@@ -194,6 +227,19 @@ def test_environment_without_a_time_limit(script, config):
     assert "eval/episodic_return" not in metrics
 
 
+@only("make_physics")
+@pytest.mark.parametrize("env_id", ["Plane", "LargePlane", "FreePlane"])
+def test_continuous_environment_by_its_own_rules(script, config, env_id):
+    """In training and in evaluations only the environment ends an episode, and nothing fails."""
+    config = dataclasses.replace(config, env_id=env_id, total_timesteps=64, eval_interval=1)
+    _, metrics = jax.jit(script.make_train(config))(jax.random.key(0))
+    for kind in ("charts", "eval"):
+        np.testing.assert_array_equal(metrics[f"{kind}/episodic_length"][-1:], 7)
+        expected = 7 * (2e6 if env_id == "LargePlane" else 1)
+        np.testing.assert_allclose(metrics[f"{kind}/episodic_return"][-1:], expected)
+    assert not metrics["charts/physics_failures"].any()
+
+
 @pytest.mark.parametrize("script", ["pqn_rnn_craftax"], indirect=True)
 def test_recurrent_environment_without_a_time_limit(script, config):
     with pytest.raises(ValueError, match=r"^--env-id is Endless, .* max_steps_in_episode"):
@@ -268,7 +314,7 @@ def test_playground(script, config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for text, env_id, told in (
         ("import no_such_module", "CartpoleBalance", r"; .* playground.*'no_such_module'; "),
-        ("class dm_control_suite: ALL_ENVS = 'A', 'B'", "C", r"; it takes one of ant, .*, A, B, "),
+        ("class dm_control_suite: ALL_ENVS = 'A', 'B'", "C", r"; it takes one of ant, .*, A, B$"),
     ):
         package.write_text(text)
         monkeypatch.delitem(sys.modules, "mujoco_playground", raising=False)

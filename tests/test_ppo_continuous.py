@@ -55,12 +55,13 @@ def test_statistics_and_rewards_in_the_loss(timed):
     """The value loss of the second update: observations by the first one's statistics, clipped."""
     config, state, metrics = timed
     times = np.array([0, 1, 2, 3, 4] * 3 + [0], np.float32)
-    first, second = times[:8], times[8:]
-    np.testing.assert_allclose(state.statistics.mean, [times.mean(), 0], atol=1e-6)
-    np.testing.assert_allclose(state.statistics.var, [times.var(), 0], rtol=1e-5)
+    second, seen = times[8:], np.concatenate([times[:8], times])  # from init's rollout on
+    np.testing.assert_allclose(state.statistics.mean, [seen.mean(), 0], atol=1e-6)
+    np.testing.assert_allclose(state.statistics.var, [seen.var(), 0], rtol=1e-5)
+    first = seen[:16]
 
     def values(times):
-        obs = np.clip((times - first.mean()) / np.sqrt(first.var() + 1e-4), -1.2, 1.2)
+        obs = np.clip((times - first.mean()) / np.sqrt(first.var() + 1e-8), -1.2, 1.2)
         obs = jnp.stack([obs, jnp.zeros_like(obs)], axis=-1)
         return ppo.MLP(1, 1.0, config).apply(state.params["critic"], obs)[:, 0]
 
@@ -68,6 +69,17 @@ def test_statistics_and_rewards_in_the_loss(timed):
     targets = rewards + 0.5 * (second < 4) * values(second + 1)
     expected = 0.5 * np.mean((values(second) - targets) ** 2)
     np.testing.assert_allclose(metrics["losses/value_loss"][1], expected, rtol=1e-4)
+
+
+def test_statistics_before_the_first_update():
+    """Of a rollout with random actions: the first update, too, learns from what they normalise."""
+    sizes = {"num_envs": 256, "num_steps": 64, "total_timesteps": 256 * 64}
+    train = ppo.make_train(dataclasses.replace(TINY, **sizes))
+    state = jax.jit(train.init)(jax.random.key(0))
+    assert state.statistics.count == 256 * 64 and not state.env.length.any()
+    # Cosine, sine and speed of a pendulum that is pushed at random.
+    assert (np.abs(state.statistics.mean) < [0.9, 0.2, 0.5]).all()
+    assert (state.statistics.var[:2] > 0.1).all() and 1 < state.statistics.var[2] < 64
 
 
 def test_old_and_new_log_probabilities_agree(timed):

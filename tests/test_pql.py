@@ -1,7 +1,6 @@
 """What PQL alone has: physics that fail, windows of several steps."""
 
 import dataclasses
-from typing import NamedTuple
 
 import gymnax
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SCRIPTS, flags
+from flax import struct
 from gymnax.environments import environment, spaces
 from test_train import ClockParams, assert_equal
 
@@ -110,7 +110,8 @@ def test_replay_holds_what_happened(env_id, bootstrap, settings):
             expected = sum(0.1 * 0.5**i * reward for i, reward in enumerate(rewards[: k - failed]))
             np.testing.assert_allclose(replay.reward[index], expected, atol=1e-5)
     # The statistics are those of all observations that the actor has seen.
-    seen = [replay.obs[:num_rows], state.fresh.obs, state.actor.window.obs]
+    seen = [replay.obs[:num_rows], state.fresh.obs]
+    seen += [state.actor.window.obs] if state.actor.window else []
     seen = np.concatenate(seen).reshape(-1, 2)
     np.testing.assert_allclose(state.actor.statistics.mean, seen.mean(0), rtol=1e-5)
     np.testing.assert_allclose(state.actor.statistics.var, seen.var(0), rtol=1e-4)
@@ -156,6 +157,34 @@ def test_other_algorithms(algorithm, name):
     params = state.params[network]["params"]
     params = params[inner] if inner else params
     assert params["Dense_1"]["kernel"].shape == (16, num_outputs)
+
+
+def test_defaults_by_algorithm_and_task():
+    """The paper's baselines have 8 policy updates and do not clip; its reward scales are Isaac's"""
+    for algorithm, defaults in {
+        "pql": (4, 5.0),
+        "pql_d": (4, 5.0),
+        "ddpg_n": (8, np.inf),
+        "sac_n": (8, np.inf),
+    }.items():
+        config = pql.Config(algorithm=algorithm)
+        assert (config.policy_updates, config.obs_clip) == defaults
+    given = pql.parse_args(["--algorithm=sac_n", "--policy-updates=3", "--obs-clip=2"])
+    assert (given.policy_updates, given.obs_clip) == (3, 2)
+    for env_id, scale in {"ant": 0.01, "humanoid": 0.01, "walker2d": 1, "Pendulum-v1": 1}.items():
+        assert pql.Config(env_id=env_id).reward_scale == scale
+    assert pql.Config(env_id="ant", reward_scale=0.1).reward_scale == 0.1
+
+
+def test_initial_weights():
+    """PyTorch's: weights and biases are uniform, within 1 / sqrt(number of inputs)."""
+    params = pql.MLP(3, (400, 100)).init(jax.random.key(0), jnp.zeros((1, 25)))["params"]
+    for layer, num_inputs in (("Dense_0", 25), ("Dense_1", 400), ("Dense_2", 100)):
+        for weights in params[layer].values():
+            scaled = np.abs(weights).ravel() * num_inputs**0.5
+            assert scaled.max() <= 1
+            assert scaled.size < 50 or (abs(scaled.mean() - 0.5) < 0.1 and scaled.max() > 0.95)
+        assert params[layer]["bias"].any()
 
 
 def test_weight_of_the_entropy():
@@ -231,7 +260,10 @@ def test_within_a_cycle_none_reads_what_another_writes():
 
 def test_brax():
     """A task of brax: terminations, finite losses, an evaluation."""
-    assert pql.make_env("inverted_pendulum", "spring").max_steps == 1000
+    env = pql.make_env("inverted_pendulum", "spring")
+    assert env.max_steps == 1000
+    state = jax.eval_shape(lambda key: pql.reset_envs(env, key, 4), jax.random.key(0))
+    assert state.physics.obs is None and state.obs.shape == (4, 4)
     config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, buffer_size=1000)
     config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=1)
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
@@ -283,30 +315,49 @@ def test_keys_in_the_states_of_physics(tmp_path, monkeypatch):
     ).read_bytes() == params  # written from the states that were loaded
 
 
-def test_states_of_physics_hold_no_empty_array(monkeypatch):
-    """MJX's do, and orbax refuses to save them: the environment gets them, the state has none."""
+@struct.dataclass
+class Body:
+    place: jax.Array
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+    empty: jax.Array
 
-    class State(NamedTuple):
-        obs: jax.Array
-        reward: jax.Array
-        done: jax.Array
-        empty: jax.Array
 
-    class Physics:
-        observation_size, action_size = 2, 1
+class Physics:
+    """In the terms of brax: actions push a body along, and are rewarded."""
 
-        def reset(self, key):
-            zero = jnp.float32(0)
-            return State(jax.random.normal(key, (2,)), zero, zero, jnp.zeros((0, 3), jnp.float32))
+    observation_size, action_size = 2, 1
 
-        def step(self, state, action):
-            assert state.empty.shape == (0, 3) and state.empty.dtype == jnp.float32
-            return state._replace(obs=state.obs + action, reward=action[0])
+    def reset(self, key):
+        place, zero = jax.random.normal(key, (2,)), jnp.float32(0)
+        return Body(place, place, zero, zero, jnp.zeros((0, 3), jnp.float32))
 
-    monkeypatch.setattr(pql, "make_physics", lambda *_: (Physics(), 5))
-    env = pql.make_env("physics", "spring")
+    def step(self, state, action):
+        assert state.empty.shape == (0, 3) and state.empty.dtype == jnp.float32
+        place = state.place + action
+        return state.replace(place=place, obs=place, reward=action[0])
+
+
+def test_states_of_physics_hold_what_they_need():
+    """No empty array, as MJX's do, which orbax refuses to save, and no observation twice."""
+    env = pql.make_physics(Physics(), 5)
     state = pql.reset_envs(env, jax.random.key(0), 4)
     after, step, _ = pql.step_envs(env, jax.random.key(1), state, jnp.ones((4, 1)))
     assert all(x.size for x in jax.tree.leaves((state, after)))
+    assert len(jax.tree.leaves(after.physics)) == 3 and after.physics.obs is None
     np.testing.assert_allclose(after.obs, state.obs + 1)
     np.testing.assert_array_equal(step.reward, 1)
+
+
+@pytest.mark.parametrize("size", [2e6, np.inf, np.nan])
+def test_physics_that_explode(size):
+    """Theirs fail at 1e6, and at their limit of 5 steps the episode is cut."""
+    env = pql.make_physics(Physics(), 5)
+    state = pql.reset_envs(env, jax.random.key(0), 4)
+    for t in range(5):
+        action = jnp.where(t == 2, jnp.array([[size], [0], [0], [0]]), 0.0)
+        state, step, sums = pql.step_envs(env, jax.random.key(t), state, action)
+        assert sums["failed"] == (t == 2)
+        np.testing.assert_array_equal(step.truncated, [t == 2, t == 4, t == 4, t == 4])
+        assert jnp.abs(step.next_obs).max() < 10 and not step.reward.any()

@@ -59,13 +59,15 @@ def test_an_update_made_again(reduction, bootstrap, monkeypatch):
     train = pqn.make_train(config)
     statistics = pqn.Statistics(jnp.array([2.0, 0.5]), jnp.array([2.0, 0.3]), jnp.float32(100))
     before = jax.jit(train.init)(jax.random.key(0))._replace(statistics=statistics)
+    jax.effects_barrier()
+    steps.clear()  # those of init
     after, metrics = jax.block_until_ready(jax.jit(lambda state: train(state=state))(before))
     jax.effects_barrier()
     rows = jax.tree.map(lambda *x: np.stack(x), *steps)
     rewards, next_values, terminated, truncated, *_ = arguments[0]
     actor, critics = pqn.DeterministicPolicy(1, config), pqn.Critics(config)
     networks = before.networks
-    mean, stddev = np.array([2.0, 0.5]), np.sqrt(np.array([2.0, 0.3]) + 1e-4)
+    mean, stddev = np.array([2.0, 0.5]), np.sqrt(np.array([2.0, 0.3]) + 1e-8)
     obs, next_obs = (jnp.clip((x - mean) / stddev, -1.2, 1.2) for x in (rows.obs, rows.next_obs))
 
     def value(obs, action):

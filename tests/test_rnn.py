@@ -203,6 +203,8 @@ def test_craftax():
     _, metrics = jax.jit(lambda state: train(state=state))(first)
     assert np.isfinite(metrics["losses/grad_norm"]).all()
     np.testing.assert_array_equal(metrics["charts/episodic_length"], 3)
+    percent = 100 * metrics["charts/episodic_return"] / 22  # achievements, each rewarded with 1
+    np.testing.assert_allclose(metrics["charts/percent_of_maximum"], percent, rtol=1e-6)
     rates = {name: values for name, values in metrics.items() if name.startswith("achievements/")}
     assert len(rates) == 22
     assert all(((values >= 0) & (values <= 1)).all() for values in rates.values())

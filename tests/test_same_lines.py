@@ -16,12 +16,15 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What scripts have under one name and of their own.
-OWN = {"Config", "LIMITS", "MLP", "QNetwork", "TrainState", "Transition", "make_env", "make_train"}
+OWN = {"Config", "DEFAULTS", "LIMITS", "MLP", "QNetwork", "TrainState", "Transition"}
+OWN |= {"make_env", "make_train"}
 # Who differs from the others, and why.
 VARIANTS = {
     # replay; environments; emulators, which cannot be vmapped
     "make_programs": {"dqn_cartpole", "pql_isaac_style", "pqn_rnn_craftax", "pqn_atari"},
     "restore": {"pqn_atari"},  # new games
+    "normalize": {"pql_isaac_style"},  # what its reference adds to a variance
+    "make_gymnax": {"pqn_rnn_craftax"},  # many environments at once
     "main": {"pqn_atari"},  # new games
     "start_devices": {"pqn_rnn_craftax"},  # environments over devices
     "THREADED_BATCH": {"pql_isaac_style", "pqn_atari"},  # measured

@@ -117,6 +117,19 @@ def test_first_state_holds_no_buffer_twice(script, config, chunk, values):
     assert np.isfinite(metrics["charts/learning_rate"]).all()
 
 
+@pytest.mark.parametrize("n_steps", [None, 1])
+def test_no_leaf_of_the_state_is_empty(script, config, n_steps):
+    """orbax refuses to save an empty array."""
+    if n_steps and not hasattr(config, "n_steps"):
+        pytest.skip("it has no n-step targets")
+    config = dataclasses.replace(config, n_steps=n_steps) if n_steps else config
+    train = script.make_train(config)
+    state = jax.eval_shape(train.init, KEYS[0])
+    after, _ = jax.eval_shape(lambda state: train(state=state), state)
+    for path, leaf in jax.tree.leaves_with_path((state, after)):
+        assert leaf.size, jax.tree_util.keystr(path)
+
+
 def test_past_the_end(script, config, chunks):
     """Schedules hold their last value, and nothing is learned any more."""
     for _, metrics in chunks[3:]:

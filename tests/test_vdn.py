@@ -135,11 +135,17 @@ def slow_loss(config, state, number):
         )
         reward = config.reward_scale * (reward + shaping * shaped)
         chosen = np.take_along_axis(q, np.asarray(action)[..., None], axis=-1)[..., 0]
-        rows.append((chosen, best, reward, terminated, truncated, is_reset))
-    chosen, values, reward, terminated, truncated, is_reset = map(np.stack, zip(*rows, strict=True))
+        dies = np.zeros(chosen.shape, bool)
+        if config.mixer == "none" and config.env_id.startswith("smax"):
+            dies = ~env_state.env_state.state.unit_alive[:, :2]
+        rows.append((chosen, best, reward, terminated, truncated, is_reset, dies))
+    chosen, values, reward, *ends, is_reset, dies = map(np.stack, zip(*rows, strict=True))
+    terminated, truncated = ends
     values = np.concatenate([values[1:], best[None]])
     if config.mixer == "vdn":
         chosen, values = chosen.sum(-1, keepdims=True), values.sum(-1, keepdims=True)
+    # Without a mixer, the return of an agent ends where it dies.
+    over = terminated[..., None] | truncated[..., None] | dies[..., : chosen.shape[-1]]
     if not config.bootstrap_on_truncation:
         terminated = terminated | truncated
     squares = []
@@ -150,8 +156,9 @@ def slow_loss(config, state, number):
                 for k in range(t, config.num_steps):
                     total += discount * reward[k, env]
                     discount *= config.gamma
-                    value = 0 if terminated[k, env] else values[k, env, column]
-                    ends = terminated[k, env] or truncated[k, env] or k == config.num_steps - 1
+                    is_last = terminated[k, env] or dies[k, env, column]
+                    value = 0 if is_last else values[k, env, column]
+                    ends = over[k, env, column] or k == config.num_steps - 1
                     share = 1 if ends else 1 - config.td_lambda
                     mixed += weight * share * (total + discount * value)
                     weight *= config.td_lambda
