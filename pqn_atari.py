@@ -583,7 +583,8 @@ def parse_args(args: list[str]) -> Config:
         if name == "resume" and (folder := word.removeprefix("--resume").lstrip("=")):
             saved = load_config(folder)
         words += parts
-    config = tyro.cli(Config, args=words, description=__doc__, default=saved)
+    description = f"{__doc__}\n{Config.__doc__}"
+    config = tyro.cli(Config, args=words, description=description, default=saved)
     for name, old in vars(saved).items() if saved.resume else ():
         if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
             raise ValueError(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
