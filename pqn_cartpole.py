@@ -768,6 +768,16 @@ def find_run(config: Config) -> tuple[Path, int]:
     return folder.parent, max(updates)
 
 
+def save(checkpoints, update: int, states, seconds: dict[str, float]) -> None:
+    """Saves a checkpoint. Raises OSError if it cannot."""
+    try:
+        saved = checkpoints.save(update, args=ocp.args.StandardSave((states, seconds)))
+    except ValueError as error:  # tensorstore's, for a full disk
+        raise OSError(str(error)) from error
+    if not saved:
+        raise OSError(f"{checkpoints.directory} has a later checkpoint")
+
+
 def main(config: Config, signals: Sequence[int] = ()) -> Path:
     """Trains until the end, or until a signal's number is in signals; returns the run folder."""
     mesh, is_first = start_devices(config), jax.process_index() == 0
@@ -813,16 +823,13 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
                 unrecorded = unrecorded and record(config, run_dir, bar, unrecorded)
                 seconds["run_seconds"] += time.monotonic() - saved_at
                 saved_at = time.monotonic()
-                if not checkpoints.save(update, args=ocp.args.StandardSave((states, seconds))):
-                    raise OSError(f"{run_dir} has a later checkpoint")
+                save(checkpoints, update, states, seconds)
                 log_wandb(run_dir, wandb_runs)
         params = multihost_utils.process_allgather(states.params, tiled=True)
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
-    except (KeyboardInterrupt, OSError, ValueError) as error:
+    except (KeyboardInterrupt, OSError):
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
-        if isinstance(error, ValueError):  # tensorstore's, for a full disk
-            raise OSError(str(error)) from error
         raise
     finally:
         lock.close()

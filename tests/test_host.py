@@ -289,6 +289,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         run(script, [f"--runs-dir={tmp_path}"])
 
 
+def test_a_bug_while_training_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "record", raise_value_error)
+    with pytest.raises(ValueError, match="a bug"):
+        script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path)))
+
+
 def raise_value_error(*_):
     raise ValueError("a bug")
 
