@@ -697,7 +697,7 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
             step.write_text(str(int(row["global_step"])))
         for run in runs if exit_code is not None else ():
             run.finish(exit_code)
-    except Exception as error:
+    except Exception as error:  # errors of wandb's service share no class
         say(f"Weights & Biases: {error}; training goes on, and --resume sends it the rest")
         runs.clear()
         with contextlib.suppress(Exception):
