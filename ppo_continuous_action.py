@@ -893,6 +893,7 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
     if not runs:
         return
     step = run_dir / "wandb" / "step"  # the last one that was sent
+    new_step = step.with_suffix(".new")  # renamed when written, so that a kill leaves a whole one
     rows = pd.read_csv(run_dir / "metrics.csv").drop(columns="seed")
     rows = rows[rows["global_step"] > (int(step.read_text()) if step.exists() else 0)]
     if len(runs) == 1:  # one seed, or the mean of many, and the deviation where they differ
@@ -903,7 +904,8 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
         for i, row in enumerate(rows.to_dict("records")):
             measured = {name: value for name, value in row.items() if not np.isnan(value)}
             runs[i % len(runs)].log(measured, step=int(row["global_step"]))
-            step.write_text(str(int(row["global_step"])))
+            new_step.write_text(str(int(row["global_step"])))
+            new_step.replace(step)
         for run in runs if exit_code is not None else ():
             run.finish(exit_code)
     except Exception as error:  # errors of wandb's service share no class
@@ -964,6 +966,8 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     print(f"{metadata['updates']} of {config.num_updates} updates, {returns}")
     for seed, rows in table[table["losses/grad_norm"].isna()].groupby("seed"):
         print(f"seed {seed}: NaN in the loss from step {rows['global_step'].iloc[0]:,} on")
+    if failures := int(table.get("charts/physics_failures", np.zeros(1)).sum()):
+        print(f"physics failed in {failures:,} steps, which ended their episodes")
     steps = metadata["updates"] * config.steps_per_update * config.num_seeds
     metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
     packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "jaxmarl", "ale_py", "numpy")

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import gymnax
 import jax.numpy as jnp
@@ -213,6 +214,25 @@ def test_wandb_ids_are_those_of_the_first_start(tmp_path, monkeypatch):
     assert len(runs) == 2
 
 
+def test_killed_while_it_notes_what_wandb_has(tmp_path, monkeypatch):
+    def killed(path, text):
+        write_text(path, "" if path.name.startswith("step") else text)
+        if path.name.startswith("step"):
+            raise KeyboardInterrupt
+
+    write_text = Path.write_text
+    monkeypatch.setattr(Path, "write_text", killed)
+    config = dataclasses.replace(TINY, runs_dir=str(tmp_path), wandb_mode="offline")
+    with pytest.raises(KeyboardInterrupt):
+        script.main(config)
+    monkeypatch.undo()
+    sys.modules["wandb"].teardown()  # as the end of the process does
+    (folder,) = tmp_path.iterdir()
+    resume(folder)
+    histories = [wandb_history(path)[1] for path in folder.glob("wandb/*/run-*.wandb")]
+    assert 12 in map(len, histories)
+
+
 def test_in_a_thread(tmp_path):
     """As a sweep agent of wandb calls it."""
     config = dataclasses.replace(TINY, runs_dir=str(tmp_path))
@@ -345,6 +365,15 @@ def test_nan_is_named_in_the_summary(tmp_path, capsys):
     columns |= {"charts/episodic_return": 1.0, "losses/grad_norm": [1, 1, 1, np.nan, 1, np.nan]}
     lines = last_lines(dataclasses.replace(TINY, num_seeds=2), tmp_path, columns, capsys)
     assert lines[1] == "seed 1: NaN in the loss from step 64 on"
+
+
+def test_failures_of_physics_are_counted_in_the_summary(tmp_path, capsys):
+    columns = {"seed": [0] * 3, "global_step": [32, 64, 96], "charts/episodic_return": 1.0}
+    for failures, words in {(0, 0, 0): "steps/s", (0, 3, 1): "physics failed in 4 steps"}.items():
+        _, line, *_ = last_lines(
+            TINY, tmp_path, columns | {"charts/physics_failures": failures}, capsys
+        )
+        assert words in line
 
 
 def test_log_gets_plain_lines(finished, tmp_path, capsys):
