@@ -56,9 +56,8 @@ from tqdm import tqdm
 
 # --- Configuration --------------------------------------------------------------------------------
 
-# PureJaxQL's for SMAX and JaxMARL's for Overcooked, sized for a GPU. Unlike PureJaxQL: inputs have
-# batch renormalisation and hidden layers layer norm, and there is no window of 4 earlier steps.
-# Unlike JaxMARL: minibatches are whole environments; targets are recomputed in each of them.
+# PureJaxQL's for SMAX and JaxMARL's for Overcooked, sized for a GPU. Unlike JaxMARL's: minibatches
+# are whole environments; targets are recomputed in each of them.
 DEFAULTS = {
     "smax": {
         "total_timesteps": 10_000_000,
@@ -71,7 +70,10 @@ DEFAULTS = {
         "max_grad_norm": 1.0,
         "reward_scale": 10.0,
         "network": "gru",
-        "norm_input": "batch_renorm",
+        "norm_input": "batch_norm",
+        "norm": "batch_norm",
+        "memory_window": 4,
+        "loss_coef": 1.0,
         "eval_interval": 20,
     },
     "overcooked": {
@@ -86,6 +88,9 @@ DEFAULTS = {
         "reward_scale": 1.0,
         "network": "cnn",
         "norm_input": "none",
+        "norm": "layer_norm",
+        "memory_window": 0,
+        "loss_coef": 0.5,
         "eval_interval": 200,
     },
 }
@@ -143,14 +148,21 @@ class Config:
     return ends with the step in which the agent dies. (In JaxMARL's, one step later.)"""
     network: Literal["gru", "mlp", "cnn"] | None = None
     """cnn takes Overcooked's images only. Default: gru on SMAX, cnn on Overcooked."""
-    norm_input: Literal["batch_renorm", "none"] | None = None
-    """Normalisation of the observations. Default: batch_renorm on SMAX, none on Overcooked."""
+    norm_input: Literal["batch_norm", "none"] | None = None
+    """Normalisation of the observations. Default: batch_norm on SMAX, none on Overcooked."""
+    norm: Literal["layer_norm", "batch_norm", "none"] | None = None
+    """Normalisation after hidden layers. Default: batch_norm on SMAX, layer_norm on Overcooked."""
     hidden_size: int = 512
     """Units per hidden layer and of the GRU."""
     num_layers: int = 2
     """Number of hidden layers, before the GRU."""
     num_channels: int = 32
     """Channels per convolution."""
+    memory_window: int | None = None
+    """Last steps of the rollout before that are learned from again, so that the GRU does not start
+    from a stale state; at most num_steps. Default: 4 on SMAX, 0 on Overcooked."""
+    loss_coef: float | None = None
+    """Coefficient of the squared error. Default: 1 on SMAX, 0.5 on Overcooked."""
     bootstrap_on_truncation: bool = True
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxQL does."""
 
@@ -214,6 +226,9 @@ class Config:
         if self.num_updates == 0:
             rollout = f"--num-envs {self.num_envs} * --num-steps {self.num_steps}"
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, less than {rollout}")
+        if self.memory_window > self.num_steps:
+            window = f"--memory-window is {self.memory_window}"
+            raise ValueError(f"{window}; it takes a number up to --num-steps {self.num_steps}")
         if self.network == "cnn" and family == "smax":
             raise ValueError("--network is cnn; on SMAX, which has no images, it takes gru or mlp")
 
@@ -222,53 +237,14 @@ class Config:
 LIMITS = [
     (1, 2**31 - 1, "num_seeds total_timesteps num_envs num_steps num_epochs num_minibatches"),
     (1, 2**31 - 1, "hidden_size num_layers num_channels eval_episodes"),
-    (0, 2**31 - 1, "seed eval_interval"),
+    (0, 2**31 - 1, "seed eval_interval memory_window"),
     (0, 1, "learning_rate gamma td_lambda epsilon_start epsilon_finish epsilon_decay"),
     (0, 1, "shaping_decay"),
-    (0, math.inf, "reward_scale checkpoint_interval"),
+    (0, math.inf, "reward_scale loss_coef checkpoint_interval"),
     (1e-9, math.inf, "max_grad_norm"),
 ]
 
 # --- Networks -------------------------------------------------------------------------------------
-
-
-class BatchRenorm(nn.Module):
-    """Batch renormalisation over all but the last axis (Ioffe, 2017, arXiv 1702.03275).
-
-    It is batch normalisation for its first 1000 training steps, while running statistics warm up.
-    """
-
-    momentum: float = 0.999
-    epsilon: float = 1e-3
-    r_max: float = 3.0
-    d_max: float = 5.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        features = x.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-        running_std = jnp.sqrt(running_var.value + self.epsilon)
-        if not train:
-            return (x - running_mean.value) / running_std * scale + bias
-        axes = tuple(range(x.ndim - 1))
-        mean, var = x.mean(axes), x.var(axes)
-        std = jnp.sqrt(var + self.epsilon)
-        warm = steps.value >= 1000
-        r = jnp.where(
-            warm, jax.lax.stop_gradient(jnp.clip(std / running_std, 1 / self.r_max, self.r_max)), 1
-        )
-        d = jax.lax.stop_gradient(
-            jnp.clip((mean - running_mean.value) / running_std, -self.d_max, self.d_max)
-        )
-        if not self.is_initializing():
-            running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-            running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
-            steps.value += 1
-        return ((x - mean) / std * r + jnp.where(warm, d, 0)) * scale + bias
 
 
 class GRU(nn.Module):
@@ -308,8 +284,7 @@ class QNetwork(nn.Module):
     """The agents' shared network: features [T, B, ...] and clear [T, B] to [T, B, num_actions].
 
     clear empties an agent's memory before a step; hidden [B, hidden_size] is the GRU's state
-    before the first step. Feed-forward networks have none, and pass it on. Hidden layers have layer
-    normalisation everywhere; PureJaxQL has batch normalisation on SMAX.
+    before the first step. Feed-forward networks have none, and pass it on.
     """
 
     num_actions: int
@@ -318,11 +293,16 @@ class QNetwork(nn.Module):
     @nn.compact
     def __call__(self, hidden, features, clear, train: bool = False):
         def norm_relu(x):
-            # On a GPU, the variance in two passes is one kernel, but its gradient is more.
-            return nn.relu(nn.LayerNorm(use_fast_variance=train)(x))
+            if self.config.norm == "layer_norm":
+                # On a GPU, the variance in two passes is one kernel, but its gradient is more.
+                x = nn.LayerNorm(use_fast_variance=train)(x)
+            elif self.config.norm == "batch_norm":
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.relu(x)
 
         x = features.astype(jnp.float32)
-        x = BatchRenorm()(x, train) if self.config.norm_input == "batch_renorm" else x
+        if self.config.norm_input == "batch_norm":
+            x = nn.BatchNorm(use_running_average=not train)(x)
         for size in (5, 3, 3) if self.config.network == "cnn" else ():
             # A convolution as a matrix product of patches: on a CPU, much faster than nn.Conv.
             rows, columns = x.shape[-3:-1]
@@ -550,11 +530,12 @@ def scan_packed(step, carry, inputs):
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
-    variables: Any  # flax variables: params and, for input normalisation, batch_stats
+    variables: Any  # flax variables: params and, with batch norm, batch_stats
     opt_state: Any
     env_state: Any
     obs: Observation  # of all environments
     hidden: jax.Array | None  # of the GRU, [num_envs, num_agents, hidden_size]
+    window: Any  # the last memory_window steps: hidden before the first, obs, Transition; or None
     key: jax.Array  # fixed per seed; update n uses fold_in(key, n)
     update: jax.Array  # updates so far
 
@@ -624,11 +605,29 @@ def make_train(config: Config):
         inputs = one_team[0], one_team[1].features[None], one_team[1].clear[None]
         variables = network.init(params_key, *inputs)
         opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
-        return TrainState(variables, opt_state, env_state, obs, hidden, key, jnp.int32(0))
+        window = None
+        if config.memory_window:  # before the first rollout, nothing to learn from
+            first = jax.tree.map(lambda x: jnp.stack([x] * config.memory_window), obs)
+            shape = first.clear.shape
+            action, reward = jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:2], jnp.float32)
+            terminated, truncated = jnp.zeros((2, *shape[:2]), bool)
+            nothing = Transition(action, reward, terminated, truncated, jnp.ones_like(truncated))
+            window = blank(config.num_envs), first, nothing
+        of_envs = env_state, obs, hidden, window
+        return TrainState(variables, opt_state, *of_envs, key, jnp.int32(0))
 
     def collect(state, epsilon, shaping, key):
-        def step(carry, keys):
-            obs, hidden, env_state = carry
+        """The state after a rollout; what to learn from, with the window before it; and infos.
+
+        To learn from: hidden states before the first step, num_steps + 1 rows of observations (the
+        last is where the last step led), and num_steps of transitions; memory_window more of both.
+        """
+
+        def step(carry, inputs):
+            keys, t = inputs
+            obs, hidden, env_state, kept = carry
+            is_kept = t == config.num_steps - config.memory_window
+            kept = jax.tree.map(lambda new, old: jnp.where(is_kept, new, old), hidden, kept)
             hidden, q = act(state.variables, hidden, obs)
             action = available_epsilon_greedy(keys[0], q, obs.available, epsilon)
             is_reset, env_keys = env_state.ended, jax.random.split(keys[1], config.num_envs)
@@ -637,16 +636,25 @@ def make_train(config: Config):
             )
             reward = config.reward_scale * (reward + shaping * shaped_reward)
             transition = Transition(action, reward.astype(jnp.float32), *ends, is_reset)
-            return (next_obs, hidden, env_state), (obs, transition, info)
+            return (next_obs, hidden, env_state, kept), (obs, transition, info)
 
-        keys = jax.random.split(key, (config.num_steps, 2))
-        carry = state.obs, state.hidden, state.env_state
-        (obs, hidden, env_state), (seen, rollout, info) = scan_packed(step, carry, keys)
+        inputs = jax.random.split(key, (config.num_steps, 2)), jnp.arange(config.num_steps)
+        carry = state.obs, state.hidden, state.env_state, state.hidden
+        (obs, hidden, env_state, kept), (seen, rollout, info) = scan_packed(step, carry, inputs)
+        batch = state.hidden, seen, rollout
+        next_state = state._replace(obs=obs, hidden=hidden, env_state=env_state)
+        if config.memory_window:
+            last = jax.tree.map(lambda x: x[-config.memory_window :], (seen, rollout))
+            next_state = next_state._replace(window=(kept, *last))
+            hidden_before, *before = state.window
+            joined = jax.tree.map(lambda *x: jnp.concatenate(x), before, [seen, rollout])
+            batch = hidden_before, *joined
+        first_hidden, seen, rollout = batch
         seen = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), seen, obs)
-        return state._replace(obs=obs, hidden=hidden, env_state=env_state), seen, rollout, info
+        return next_state, (first_hidden, seen, rollout), info
 
     def loss(params, variables, hidden, obs, rollout):
-        """obs has num_steps + 1 rows; the last is where the rollout's last step led."""
+        """hidden, obs and rollout as collect returns them, of some environments."""
         _, q, updated = apply(
             variables | {"params": params}, hidden, obs, train=True, mutable=["batch_stats"]
         )
@@ -664,16 +672,16 @@ def make_train(config: Config):
         learned = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
         count = jnp.maximum(learned.sum(), 1)  # a minibatch may hold nothing but resets
         squares = jnp.square(values - target).sum(where=learned) / count
-        return 0.5 * squares, (values.sum(where=learned) / count, updated)
+        return config.loss_coef * squares, (values.sum(where=learned) / count, updated)
 
-    def learn(state, hidden, obs, rollout, key):
+    def learn(state, batch, key):
         def gradient_step(carry, inputs):
             variables, opt_state = carry
             index, rate = inputs
-            minibatch = jax.tree.map(lambda x: x[:, index], (obs, rollout))
-            initial = jax.tree.map(lambda x: x[index], hidden)
+            hidden = jax.tree.map(lambda x: x[index], batch[0])
+            minibatch = jax.tree.map(lambda x: x[:, index], batch[1:])
             params, grad = unflatten(variables["params"]), jax.value_and_grad(loss, has_aux=True)
-            (td_loss, (q, updated)), grads = grad(params, variables, initial, *minibatch)
+            (td_loss, (q, updated)), grads = grad(params, variables, hidden, *minibatch)
             grads, _ = ravel_pytree(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
             variables |= updated | {"params": variables["params"] - rate * updates}
@@ -730,9 +738,8 @@ def make_train(config: Config):
         shaping = 1 - number / jnp.maximum(config.shaping_decay * config.num_updates, 1)
         shaping = (jnp.maximum(shaping, 0) * (config.shaping_decay > 0)).astype(jnp.float32)
 
-        hidden = state.hidden
-        state, obs, rollout, info = collect(state, epsilon, shaping, collect_key)
-        state, losses = learn(state, hidden, obs, rollout, learn_key)
+        state, batch, info = collect(state, epsilon, shaping, collect_key)
+        state, losses = learn(state, batch, learn_key)
 
         ended = info["returned_episode"]
         metrics = losses | {

@@ -99,19 +99,20 @@ def test_convolutions_against_flax():
     np.testing.assert_allclose(nn.Dense(6).apply({"params": params["Dense_4"]}, x), q, atol=1e-5)
 
 
-def slow_loss(config, state, number):
-    """Loss and mean value of an update, step by step and agent by agent, in NumPy."""
+def slow_loss(config, state):
+    """Loss and mean value of the second update, step by step and agent by agent, in NumPy."""
     _, step, env = vdn.make_env(config.env_id)
     network = vdn.QNetwork(env.action_space("").n, config)
     apply, step = jax.jit(network.apply), jax.jit(jax.vmap(step))
-    collect_key = jax.random.split(jax.random.fold_in(state.key, number), 3)[0]
-    keys = jax.random.split(collect_key, (config.num_steps, 2))
-    decayed = min(number / (config.epsilon_decay * config.num_updates), 1)
-    epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
-    shaping = max(1 - number / (config.shaping_decay * config.num_updates), 0)
     obs, env_state, hidden = state.obs, state.env_state, state.hidden
     rows = []
-    for t in range(config.num_steps + 1):
+    for t in range(2 * config.num_steps + 1):
+        number, step_number = divmod(t, config.num_steps)
+        collect_key = jax.random.split(jax.random.fold_in(state.key, number), 3)[0]
+        keys = jax.random.split(collect_key, (config.num_steps, 2))[step_number]
+        decayed = min(number / (config.epsilon_decay * config.num_updates), 1)
+        epsilon = config.epsilon_start + (config.epsilon_finish - config.epsilon_start) * decayed
+        shaping = max(1 - number / (config.shaping_decay * config.num_updates), 0)
         outputs = [
             apply(
                 state.variables,
@@ -125,11 +126,11 @@ def slow_loss(config, state, number):
             hidden = jnp.stack([h for h, _ in outputs], axis=1)
         q = np.stack([q[0] for _, q in outputs], axis=1)
         best = np.where(obs.available, q, -np.inf).max(-1)
-        if t == config.num_steps:
+        if number == 2:
             break
-        action = vdn.available_epsilon_greedy(keys[t, 0], q, obs.available, epsilon)
+        action = vdn.available_epsilon_greedy(keys[0], q, obs.available, epsilon)
         is_reset = env_state.ended
-        step_keys = jax.random.split(keys[t, 1], config.num_envs)
+        step_keys = jax.random.split(keys[1], config.num_envs)
         obs, env_state, reward, shaped, terminated, truncated, _ = step(
             step_keys, env_state, action
         )
@@ -139,6 +140,7 @@ def slow_loss(config, state, number):
         if config.mixer == "none" and config.env_id.startswith("smax"):
             dies = ~env_state.env_state.state.unit_alive[:, :2]
         rows.append((chosen, best, reward, terminated, truncated, is_reset, dies))
+    rows = rows[config.num_steps - config.memory_window :]
     chosen, values, reward, *ends, is_reset, dies = map(np.stack, zip(*rows, strict=True))
     terminated, truncated = ends
     values = np.concatenate([values[1:], best[None]])
@@ -153,12 +155,12 @@ def slow_loss(config, state, number):
         for column in range(chosen.shape[-1]):
             for t in np.flatnonzero(~is_reset[:, env]):
                 mixed, weight, total, discount = 0.0, 1.0, 0.0, 1.0
-                for k in range(t, config.num_steps):
+                for k in range(t, len(rows)):
                     total += discount * reward[k, env]
                     discount *= config.gamma
                     is_last = terminated[k, env] or dies[k, env, column]
                     value = 0 if is_last else values[k, env, column]
-                    ends = over[k, env, column] or k == config.num_steps - 1
+                    ends = over[k, env, column] or k == len(rows) - 1
                     share = 1 if ends else 1 - config.td_lambda
                     mixed += weight * share * (total + discount * value)
                     weight *= config.td_lambda
@@ -166,7 +168,7 @@ def slow_loss(config, state, number):
                         break
                 squares.append((chosen[t, env, column] - mixed) ** 2)
     mean = chosen[~is_reset].mean()
-    return 0.5 * np.mean(squares), mean, (terminated & ~is_reset).any(), is_reset.any()
+    return config.loss_coef * np.mean(squares), mean, (terminated & ~is_reset).any(), is_reset.any()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,7 @@ def slow_loss(config, state, number):
     [
         ("smax_short", "gru", {}),
         ("smax_short", "gru", {"mixer": "none", "bootstrap_on_truncation": False}),
+        ("smax_short", "gru", {"memory_window": 0}),
         ("overcooked_shaped", "mlp", {}),
     ],
 )
@@ -182,15 +185,16 @@ def test_loss_of_an_update(env_id, network, changes):
     sizes = ROLLOUTS | {"num_layers": 1, "num_epochs": 1, "num_minibatches": 1, "eval_interval": 0}
     config = vdn.Config(
         env_id=env_id, network=network, **sizes | changes | {"learning_rate": 0.0},
-        norm_input="none", epsilon_decay=0.5, epsilon_finish=0.1, reward_scale=0.5,
+        norm="layer_norm", norm_input="none",
+        epsilon_decay=0.5, epsilon_finish=0.1, reward_scale=0.5,
     )  # fmt: skip
     train = vdn.make_train(config)
     one_update = jax.jit(lambda state: train(state=state, num_updates=1))
     state = jax.jit(train.init)(jax.random.key(0))
     # Values as large as rewards, so that all of the target counts.
-    state, _ = one_update(state._replace(variables=jax.tree.map(lambda x: 4 * x, state.variables)))
-    _, metrics = one_update(state)
-    loss, value, *happened = slow_loss(config, state, 1)
+    state = state._replace(variables=jax.tree.map(lambda x: 4 * x, state.variables))
+    loss, value, *happened = slow_loss(config, state)
+    _, metrics = one_update(one_update(state)[0])
     assert all(happened) or (env_id == "overcooked_shaped" and happened[1])
     np.testing.assert_allclose(metrics["losses/td_loss"][0], loss, rtol=1e-4)
     np.testing.assert_allclose(metrics["losses/q_values"][0], value, rtol=1e-4)
