@@ -252,25 +252,21 @@ def test_within_a_cycle_none_reads_what_another_writes():
     assert_equal(usual.actor.env.obs, more.actor.env.obs)  # with the policy of the cycle's start
     assert_equal(usual.v_learner.critic, more.v_learner.critic)
     with pytest.raises(AssertionError):
-        sequential = (
-            one_cycle(algorithm="ddpg_n", critic_updates=n).p_learner.policy for n in (8, 12)
-        )
-        assert_equal(*sequential)
+        assert_equal(usual.v_learner.critic, faster.v_learner.critic)
+    with pytest.raises(AssertionError):
+        assert_equal(usual.p_learner.policy, more.p_learner.policy)
 
 
 def test_brax():
-    """A task of brax: terminations, finite losses, an evaluation."""
+    """A task of brax: terminations, finite losses."""
     env = pql.make_env("inverted_pendulum", "spring")
     assert env.max_steps == 1000
     state = jax.eval_shape(lambda key: pql.reset_envs(env, key, 4), jax.random.key(0))
     assert state.physics.obs is None and state.obs.shape == (4, 4)
     config = dataclasses.replace(TINY, env_id="inverted_pendulum", num_envs=16, buffer_size=1000)
-    config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=1)
+    config = dataclasses.replace(config, total_timesteps=16 * 24, eval_interval=0)
     _, metrics = jax.jit(pql.make_train(config))(jax.random.key(0))
-    assert (
-        np.isfinite(metrics["losses/grad_norm"]).all()
-        and (metrics["eval/episodic_return"] > 1).all()
-    )
+    assert np.isfinite(metrics["losses/grad_norm"]).all()
     assert 2 < np.nanmean(metrics["charts/episodic_length"]) < 30  # a fallen pole terminates
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import EXACT, PURE, floats, only, warmup
 from flax import struct
 from gymnax.environments import environment, spaces
+from jax.extend.core import Var
 
 KEYS = jax.vmap(jax.random.key)(jnp.array([2, 3, 4]))
 
@@ -111,10 +112,11 @@ def test_chunks_equal_one_run(run, chunks):
 
 
 @pytest.mark.parametrize("script", PURE, indirect=True)
-def test_first_state_holds_no_buffer_twice(script, config, chunk, values):
+def test_first_state_holds_no_buffer_twice(script, config):
     """Made outside of jit it can be donated, too."""
-    _, metrics = chunk(script.make_train(config).init(KEYS[0]), values)
-    assert np.isfinite(metrics["charts/learning_rate"]).all()
+    leaves = jax.make_jaxpr(script.make_train(config).init)(KEYS[0]).jaxpr.outvars
+    computed = [x for x in leaves if isinstance(x, Var)]  # constants are new arrays each time
+    assert len(set(computed)) == len(computed)
 
 
 @pytest.mark.parametrize("n_steps", [None, 1])
@@ -260,12 +262,11 @@ def test_every_epoch_is_shuffled_anew(script, config):
 
 
 ENVIRONMENTS = [
-    "Acrobot-v1", "MountainCar-v0", "MemoryChain-bsuite", "Catch-bsuite", "DeepSea-bsuite",
-    "UmbrellaChain-bsuite", "DiscountingChain-bsuite", "BernoulliBandit-misc", "Breakout-MinAtar",
-    "FourRooms-misc", "MetaMaze-misc",
+    "MemoryChain-bsuite", "Acrobot-v1", "DeepSea-bsuite", "DiscountingChain-bsuite",
+    "BernoulliBandit-misc", "Breakout-MinAtar", "FourRooms-misc",
 ]  # fmt: skip
 CONTINUOUS = ["MountainCarContinuous-v0", "Reacher-misc"]
-GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"]
+GAMES = ["Asterix-MinAtar", "Freeway-MinAtar", "SpaceInvaders-MinAtar"]
 # Others make their environments in the lines of pqn_cartpole.py or of pql_isaac_style.py.
 TRAINED_ON = {"pqn_cartpole": ENVIRONMENTS, "pqn_rnn_craftax": ENVIRONMENTS[::3]}
 TRAINED_ON |= {"pqn_minatar": GAMES, "pql_isaac_style": CONTINUOUS[:1]}
