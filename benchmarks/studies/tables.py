@@ -3,9 +3,9 @@
     python benchmarks/studies/tables.py
 
 What stands in a page between <!-- NAMES: KIND --> and <!-- end --> is made from the studies of
-these names. A line of its own holds a block: results (table, pictures, device and commands), table,
-picture, commands, seconds, beside, ratios, achievements or launches. Within a sentence, it holds a
-number: ratio, mean LABEL, or reach RETURN LABEL.
+these names. On lines of their own, marks hold a block: results (table, picture and made_by), table,
+picture, made_by (devices and commands), seconds, beside, ratios, achievements or launches. Within a
+sentence they hold a number: ratio, mean LABEL, or reach RETURN LABEL.
 """
 
 import functools
@@ -130,7 +130,10 @@ def throughputs(studies: dict[str, dict]) -> str:
         if peer := study.get("peer"):
             cells = [peer["label"], "-", "1", f"{peer['steps_per_second']:,.0f}"]
             rows.append([f"`{name}`", *cells, *["-"] * (len(columns) - len(cells))])
-    return markdown(["study", *(title for title, _ in columns)], rows)
+    head = ["study", *(title for title, _ in columns)]
+    if len(studies) == 1:
+        head, *rows = (row[1:] for row in (head, *rows))
+    return markdown(head, rows)
 
 
 def printed(studies: dict[str, dict]) -> str:
@@ -212,6 +215,7 @@ def shell(argv: list[str]) -> str:
 
 
 def commands(studies: dict[str, dict]) -> str:
+    """The commands of studies, folded."""
     lines = "\n\n".join(shell(study["command"]) for study in studies.values())
     plural = "s" * (len(studies) > 1)
     return f"<details><summary>Command{plural}</summary>\n\n```bash\n{lines}\n```\n\n</details>"
@@ -237,6 +241,11 @@ def devices(studies: dict[str, dict]) -> str:
     return f"Measured on {'; on '.join(f'{own}: ' + ', '.join(names[own]) for own in names)}."
 
 
+def made_by(studies: dict[str, dict]) -> str:
+    """Devices and commands of studies."""
+    return "\n\n".join([devices(studies), commands(studies)])
+
+
 MAKERS = {"curves": returns, "rows": throughputs, "timings": speeds, "printed": printed}
 
 
@@ -255,7 +264,7 @@ def table(studies: dict[str, dict]) -> str:
 def results(studies: dict[str, dict]) -> str:
     """Table, pictures, devices and commands of studies."""
     drawn = {name: study for name, study in studies.items() if kind_of(study) != "timings"}
-    parts = [table(studies), picture(drawn), devices(studies), commands(studies)]
+    parts = [table(studies), picture(drawn), made_by(studies)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -300,7 +309,7 @@ def reach(studies: dict[str, dict], text: str) -> str:
     return f"{(final >= float(least)).sum()} of {len(final)}"
 
 
-BLOCKS = [results, table, picture, commands, seconds, beside, ratios, achievements, launches]
+BLOCKS = [results, table, picture, made_by, seconds, beside, ratios, achievements, launches]
 KINDS = {make.__name__: make for make in [*BLOCKS, ratio, mean, reach]}
 
 
