@@ -2,8 +2,10 @@
 
 Deep Q-Network: Mnih et al., Nature 2015; --double-q is van Hasselt et al., 2016, arXiv 1509.06461.
 Unlike PQN, it samples transitions from a replay buffer and takes one-step targets from a target
-network. It differs from CleanRL's dqn.py in two ways: it runs several environments, as PureJaxRL
-does, and it bootstraps at time limits.
+network. Like PureJaxRL, it runs several environments, where CleanRL's dqn.py runs one; like
+CleanRL, it bootstraps at time limits.
+
+Equations, details, metrics and results: docs/dqn.md
 
     python dqn_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
 

@@ -4,6 +4,8 @@ Proximal Policy Optimisation: Schulman et al., 2017, arXiv 1707.06347, with the 
 ppo.py, as in PureJaxRL (Lu et al., 2022). Unlike PQN, it learns a policy, with a value function as
 baseline.
 
+Equations, details, metrics and results: docs/ppo.md
+
     python ppo_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
 
     from ppo_cartpole import Config, make_train     # as a library: a pure function of a key

@@ -8,6 +8,8 @@ Unlike PureJaxRL, it bootstraps at time limits, and updates the statistics once 
 every step; those of observations start from a rollout with random actions, which global_step does
 not count. Unlike CleanRL, it does not clip normalised rewards.
 
+Equations, details, metrics and results: docs/ppo.md
+
     python ppo_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
     from ppo_continuous_action import Config, make_train  # as a library: a pure function of a key

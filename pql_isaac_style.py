@@ -10,6 +10,8 @@ they are three functions of one program that start a cycle from the same state, 
 another, and each sees the others' parameters from the previous cycle. The update ratios are exact,
 without the paper's controller; all three run on one device.
 
+Equations, details, metrics and results: docs/pql.md
+
     python pql_isaac_style.py --env-id ant          # trains, plots, saves; --help lists the flags
 
     from pql_isaac_style import Config, make_train  # as a library: a pure function of a key

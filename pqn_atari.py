@@ -7,6 +7,8 @@ Learning runs on a CPU or an NVIDIA GPU, for which ale-py has calls; only the CP
 The emulators' state is outside JAX: one process trains one seed, a resumed run starts new games.
 ale-py is licensed under the GPL, version 2.
 
+Equations, details, metrics and results: docs/pqn.md
+
     python pqn_atari.py --env-id breakout           # trains, plots, saves; --help lists the flags
 
     from pqn_atari import Config, make_train        # as a library: a function of a key, not vmapped

@@ -5,6 +5,8 @@ arXiv 2407.04811. Unlike DQN, it has no replay buffer and no target network: lay
 keeps Q-learning stable, many parallel environments decorrelate the data, and each rollout is used
 for a few epochs, with its lambda-returns as targets, and then dropped.
 
+Equations, details, metrics and results: docs/pqn.md
+
     python pqn_cartpole.py --num-seeds 8            # trains, plots, saves; --help lists the flags
 
     from pqn_cartpole import Config, make_train     # as a library: a pure function of a key

@@ -11,6 +11,8 @@ not at every gradient step, to 0.5 %; and updates the running statistics of obse
 once per update, not at every step. Those of observations start from a rollout with random actions,
 which global_step does not count.
 
+Equations, details, metrics and results: docs/pqn_continuous.md
+
     python pqn_continuous_action.py --env-id ant    # trains, plots, saves; --help lists the flags
 
     from pqn_continuous_action import Config, make_train  # as a library: a pure function of a key

@@ -4,6 +4,8 @@ Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Le
 arXiv 2407.04811; MinAtar: Young and Tian, 2019, arXiv 1903.03176. The algorithm is the same
 as in pqn_cartpole.py; the network, hyperparameters and environment flags differ.
 
+Equations, details, metrics and results: docs/pqn.md
+
     python pqn_minatar.py --env-id Asterix-MinAtar  # trains, plots, saves; --help lists the flags
 
     from pqn_minatar import Config, make_train      # as a library: a pure function of a key

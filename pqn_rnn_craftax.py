@@ -5,6 +5,8 @@ arXiv 2407.04811; Craftax: Matthews et al., ICML 2024, arXiv 2402.16801. Unlike 
 a minibatch holds whole environments: the LSTM runs over the rollout from the hidden state stored at
 its start, and targets are recomputed at every gradient step.
 
+Equations, details, metrics and results: docs/pqn_rnn.md
+
     python pqn_rnn_craftax.py --num-envs 1024       # trains, plots, saves; --help lists the flags
 
     from pqn_rnn_craftax import Config, make_train  # as a library: a pure function of a key

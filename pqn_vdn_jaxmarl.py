@@ -6,6 +6,8 @@ NeurIPS 2024, arXiv 2311.10090. Unlike in pqn_cartpole.py, all agents share one 
 on the sum of their values, and a minibatch holds whole environments, as the GRU runs over time. The
 metrics have the team's return, and win_rate (SMAX) or soups (Overcooked).
 
+Equations, details, metrics and results: docs/pqn_vdn.md
+
     python pqn_vdn_jaxmarl.py --env-id smax_3m      # trains, plots, saves; --help lists the flags
 
     from pqn_vdn_jaxmarl import Config, make_train  # as a library: a pure function of a key

@@ -205,7 +205,7 @@ def plot(path: Path, study: dict) -> None:
     fixed = f"{others[0]:,} {names[other].removesuffix('s' * (others == [1]))}"
     axes.set_title(fixed if len(others) == 1 else "", fontsize=12)
     axes.legend(fontsize=11)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
 
 
 def main(

@@ -188,7 +188,7 @@ def main(num_seeds: int = 5, steps_per_point: int = 400, out: Path = Path("runs/
     table = pd.concat(tables).reset_index()
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(f"{out}.csv", index=False, float_format="%.4g", na_rep="nan")
-    draw(table).savefig(f"{out}.png", dpi=120)
+    draw(table).savefig(f"{out}.png", dpi=120, facecolor="white")
     print(f"{time.monotonic() - started:.0f} s; {out}.csv {out}.png")
 
 

@@ -230,7 +230,7 @@ def main(
     def loss_of_one(value, old_value, target):
         return evolved_loss(unravel(state.mean), *jnp.stack([value, old_value, target])[:, None], 0)
 
-    draw(history, hold_out, loss_of_one).savefig(f"{out}.png", dpi=120)
+    draw(history, hold_out, loss_of_one).savefig(f"{out}.png", dpi=120, facecolor="white")
     print(f"{out}.csv {out}_generations.csv {out}.png")
 
 

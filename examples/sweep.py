@@ -137,7 +137,8 @@ def main(
 
     returns = returns.reshape(len(settings), num_seeds)
     means = returns.mean(axis=1)
-    draw(means.reshape(*map(len, values)), names, values, metric).savefig(f"{out}.png", dpi=150)
+    figure = draw(means.reshape(*map(len, values)), names, values, metric)
+    figure.savefig(f"{out}.png", dpi=150, facecolor="white")
     ranking = np.argsort(np.nan_to_num(-means, nan=np.inf))
     for rank, index in enumerate(ranking[:10]):
         setting = ", ".join(f"{n}={v:g}" for n, v in zip(names, settings[index], strict=True))

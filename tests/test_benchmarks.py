@@ -1,10 +1,9 @@
-"""RESULTS.md is what its files give, and every tool of benchmarks/ runs, at tiny sizes."""
+"""Every tool of benchmarks/ runs, at tiny sizes; test_docs.py has the pages that they fill."""
 
 import functools
 import importlib
 import itertools
 import json
-import re
 import shlex
 import sys
 
@@ -19,7 +18,6 @@ import gpu
 import gpu_launches
 import pictures
 import speed
-import tables
 import throughput
 
 TINY = shlex.join(flags("pqn_cartpole"))
@@ -41,22 +39,6 @@ def in_process(monkeypatch, tmp_path):
 
 def load(out):
     return json.loads(out.with_suffix(".json").read_text())
-
-
-def test_results_are_of_the_files():
-    template = tables.TEMPLATE.read_text()
-    assert tables.fill(template) == tables.RESULTS_MD.read_text(), "run studies/tables.py"
-    text = tables.RESULTS_MD.read_text()
-    sections = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)", text, re.M)}
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-        path, _, section = link.partition("#")
-        assert (tables.RESULTS_MD.parent / path).exists(), path
-        assert not section or section in sections, section
-    named = {
-        name for names in re.findall(r"<!-- \w+ (.*?) -->", template) for name in names.split()
-    }
-    files = common.RESULTS.rglob("*.json")
-    assert {str(path.relative_to(common.RESULTS).with_suffix("")) for path in files} <= named
 
 
 def test_commands_of_the_studies_parse():

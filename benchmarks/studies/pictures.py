@@ -148,7 +148,7 @@ def y_label(study: dict) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
 
 
 def draw(out: Path) -> list[Path]:

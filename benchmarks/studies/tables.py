@@ -1,17 +1,17 @@
-"""Makes benchmarks/RESULTS.md and all pictures from RESULTS.template.md and the JSON files.
+"""Fills the pages of docs/ in place, and draws all pictures, from the JSON files of the studies.
 
     python benchmarks/studies/tables.py
 
-In the template, <!-- study NAMES --> stands for the table, pictures, commands and devices of some
-studies; <!-- seconds NAME -->, <!-- speeds_of_curves NAME --> and <!-- achievements NAME --> for
-further tables of one.
+What stands in a page between <!-- NAMES: KIND --> and <!-- end --> is made from the studies of
+these names. On lines of their own, marks hold a block: results (table, picture and made_by), table,
+picture, made_by (devices and commands), seconds, beside, ratios, achievements or launches. Within a
+sentence they hold a number: ratio, mean LABEL, or reach RETURN LABEL.
 """
 
 import functools
 import itertools
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 
@@ -19,9 +19,9 @@ import common
 import pictures
 import throughput
 
-TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
-RESULTS_MD = common.ROOT / "benchmarks" / "RESULTS.md"
-NOT_RUN = "*Not run yet; its command is in [`studies/`](studies).*"
+PAGES = [common.ROOT / "README.md", *sorted((common.ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"<!-- ([\w/ ]+): (\w+) ?([^>]*?) ?-->(\n?).*?<!-- end -->", re.DOTALL)
+NOT_RUN = "*Not run yet.*"
 
 
 def find(names: str) -> dict[str, dict]:
@@ -43,20 +43,24 @@ def number(x: float, decimals: int = 1) -> str:
 
 def returns(studies: dict[str, dict]) -> str:
     """Last return of every curve."""
-    rows = []
-    for name, study in studies.items():
+    rows, many = [], False
+    for study in studies.values():
         for label, curve in study["curves"].items():
             final, interval = pictures.final_returns(curve), "-"
             form = functools.partial(number, decimals=3 if "rate" in study["metric"] else 1)
             if len(final) >= 10:
+                many = True
                 low, high = pictures.bootstrap_interval(final)
                 interval = f"{form(pictures.interquartile_mean(final))} "
                 interval += f"({form(low)} to {form(high)})"
             cells = [f"{int(curve['global_step'][-1]):,}", str(len(final)), form(final.mean())]
             cells += [interval, form(final.min()), form(final.max())]
-            rows.append([f"`{name}`: {label}", *cells])
-    head = ["study: curve", "environment steps", "seeds", "mean", "IQM (95% interval)"]
-    return markdown([*head, "lowest", "highest"], rows)
+            task = study["title"] if len(studies) > 1 else ""
+            rows.append([f"{task}: {label}" if task else label, *cells])
+    head = ["", "environment steps", "seeds", "mean", "IQM (95% interval)", "lowest", "highest"]
+    if not many:
+        head, *rows = (row[:4] + row[5:] for row in (head, *rows))
+    return markdown(head, rows)
 
 
 def speeds(studies: dict[str, dict]) -> str:
@@ -70,8 +74,51 @@ def speeds(studies: dict[str, dict]) -> str:
             row += [study["peer"], f"{peer['steps_per_second']:,.0f}", compiling]
             row += [f"**{study['ratios']['steps_per_second']:.2f}**"]
         rows.append(row + ["-"] * (7 - len(row)))
-    head = ["study", "steps/s", "compile, s", "peer", "its steps/s", "its compile, s"]
-    return markdown([*head, "ratio of steps/s"], rows)
+    head = ["study", "steps/s", "compile, s", "peer", "its steps/s", "its compile, s", "ratio"]
+    return markdown(head, rows)
+
+
+def peers_of(study: dict) -> list[tuple[str, float, float]]:
+    """Peers of a study, with our steps per second and theirs."""
+    if "medians" in study:
+        labels = [study["peer"]] if study["peer"] else []
+        rates = {label: own["steps_per_second"] for label, own in study["medians"].items()}
+    else:
+        labels = [label for label in study["curves"] if label in pictures.PEERS]
+        rates = {label: own["steps_per_second"] for label, own in study["curves"].items()}
+    ours = next(iter(rates.values()))
+    return [(label, ours, rates[label]) for label in labels]
+
+
+def beside(studies: dict[str, dict]) -> str:
+    """Steps per second of the first curve of each study and of its peers, evaluations included."""
+    rows = []
+    for study in studies.values():
+        script = next(iter(study["curves"].values()))["command"].split()[0]
+        for label, ours, theirs in peers_of(study):
+            num_seeds = str(len(pictures.final_returns(study["curves"][label])))
+            cells = [f"{ours:,.0f}", label, f"{theirs:,.0f}", f"**{ours / theirs:.2f}**"]
+            rows.append([f"`{script}`, {study['title']}", num_seeds, *cells])
+    head = ["", "seeds", "steps/s", "peer", "its steps/s", "ratio"]
+    return "\n\n".join([markdown(head, rows), devices(studies)])
+
+
+def ratios(studies: dict[str, dict]) -> str:
+    """How many times as fast as its peers each script is, over some studies."""
+    by_script = {}
+    for study in studies.values():
+        curves = study.get("curves", {"": {"command": study.get("script")}})
+        script = next(iter(curves.values()))["command"].split()[0]
+        for label, ours, theirs in peers_of(study):
+            by_script.setdefault(script, {}).setdefault(label, []).append(ours / theirs)
+    lines = []
+    for script, peers in by_script.items():
+        texts = []
+        for label, found in peers.items():
+            form = [f"{x:.1f}" if x < 10 else f"{x:.0f}" for x in (min(found), max(found))]
+            texts.append(f"{' to '.join(dict.fromkeys(form))} times {label}")
+        lines.append(f"- `{script}.py`: {', '.join(texts)}")
+    return "\n".join(lines)
 
 
 def throughputs(studies: dict[str, dict]) -> str:
@@ -83,7 +130,10 @@ def throughputs(studies: dict[str, dict]) -> str:
         if peer := study.get("peer"):
             cells = [peer["label"], "-", "1", f"{peer['steps_per_second']:,.0f}"]
             rows.append([f"`{name}`", *cells, *["-"] * (len(columns) - len(cells))])
-    return markdown(["study", *(title for title, _ in columns)], rows)
+    head = ["study", *(title for title, _ in columns)]
+    if len(studies) == 1:
+        head, *rows = (row[1:] for row in (head, *rows))
+    return markdown(head, rows)
 
 
 def printed(studies: dict[str, dict]) -> str:
@@ -94,13 +144,10 @@ def printed(studies: dict[str, dict]) -> str:
     return "```text\n" + "\n\n".join(texts) + "\n```"
 
 
-def seconds(name: str) -> str:
+def seconds(studies: dict[str, dict]) -> str:
     """Returns after equal seconds, when the first of the curves ends; linear between points."""
-    studies = find(name)
-    if not studies:
-        return NOT_RUN
-    curves, rows = studies[name]["curves"], []
-    metric = studies[name]["metric"]
+    (study,) = studies.values()
+    curves, metric, rows = study["curves"], study["metric"], []
     whole = all("run_seconds" in curve for curve in curves.values())
     times = {
         label: pictures.x_values(curve, "seconds" if whole else "seconds of a seed")
@@ -117,43 +164,38 @@ def seconds(name: str) -> str:
     return markdown([*head, "win rate" if "rate" in metric else "return"], rows)
 
 
-def speeds_of_curves(name: str) -> str:
-    """Steps per second and returns of curves of different tasks, which do not compare."""
-    studies = find(name)
-    if not studies:
-        return NOT_RUN
-    rows = []
-    for label, curve in studies[name]["curves"].items():
-        line, *_ = pictures.summary(curve)
-        cells = [f"{curve['steps_per_second']:,.0f}", f"{curve['compile_seconds']:.0f}"]
-        cells += [f"{curve['global_step'][-1]:,}", number(line[0]), number(line[-1])]
-        rows.append([label, *cells])
-    head = ["curve", "steps/s", "compile, s", "environment steps", "first return", "last return"]
-    return "\n\n".join([markdown(head, rows), devices(studies), commands(studies)])
-
-
-def achievements(name: str) -> str:
+def achievements(studies: dict[str, dict]) -> str:
     """Share of episodes that unlocked each achievement."""
-    studies = find(name)
-    if not studies:
-        return NOT_RUN
-    curves = studies[name]["curves"]
+    (study,) = studies.values()
+    curves = study["curves"]
     shares = [curve["achievements"] for curve in curves.values()]
     names = {name for share in shares for name in share}
     rows = [
         [name.split("/")[1].replace("_", " "), *(f"{share.get(name, 0):.1%}" for share in shares)]
         for name in sorted(names, key=lambda name: (-shares[0].get(name, 0), name))
+        if max(share.get(name, 0) for share in shares) >= 0.05
     ]
     return markdown(["achievement", *curves], rows)
 
 
-def images(names) -> str:
-    """The pictures of studies, two in a row."""
+def caption(study: dict) -> str:
+    """What the picture of a study shows, in words."""
+    if "curves" not in study:
+        return ""
+    counts = sorted({len(pictures.final_returns(curve)) for curve in study["curves"].values()})
+    seeds = " and ".join(map(str, counts)) + " seed" + "s" * (counts != [1])
+    return f"{study['title']}, {pictures.y_label(study)}, {seeds}"
+
+
+def picture(studies: dict[str, dict]) -> str:
+    """The pictures of studies, two in a row, and what they show."""
     cells = []
-    for name, study in names.items():
+    for name, study in studies.items():
         suffixes = [f"_{over}" if i else "" for i, over in enumerate(study.get("x", ["steps"]))]
         files = [f"{name}{suffix}.png" for suffix in suffixes]
-        cells += [f"![{name}](results/{x})" for x in files if (common.RESULTS / x).exists()]
+        text = caption(study) or name.removeprefix("example_").replace("_", " ")
+        link = f"![{text}](../benchmarks/results/"
+        cells += [f"{link}{file})" for file in files if (common.RESULTS / file).exists()]
     if len(cells) <= 1:
         return "".join(cells)
     rows = itertools.zip_longest(cells[::2], cells[1::2], fillvalue="")
@@ -173,6 +215,7 @@ def shell(argv: list[str]) -> str:
 
 
 def commands(studies: dict[str, dict]) -> str:
+    """The commands of studies, folded."""
     lines = "\n\n".join(shell(study["command"]) for study in studies.values())
     plural = "s" * (len(studies) > 1)
     return f"<details><summary>Command{plural}</summary>\n\n```bash\n{lines}\n```\n\n</details>"
@@ -198,59 +241,93 @@ def devices(studies: dict[str, dict]) -> str:
     return f"Measured on {'; on '.join(f'{own}: ' + ', '.join(names[own]) for own in names)}."
 
 
-def study(names: str) -> str:
-    """Table, pictures, commands and devices of studies of one kind."""
-    studies = find(names)
-    if not studies:
-        return NOT_RUN
-    missing = [f"`{name}`" for name in names.split() if name not in studies]
-    first = next(iter(studies.values()))
-    makers = {"curves": returns, "rows": throughputs, "timings": speeds, "printed": printed}
-    kind = next(kind for kind in makers if kind in first)
-    make_table = makers[kind]
-    pictures_of = images(studies) if kind != "timings" else ""
-    parts = [make_table(studies), pictures_of, devices(studies), commands(studies)]
-    if missing:
-        parts.append(f"*Not run yet: {', '.join(missing)}.*")
+def made_by(studies: dict[str, dict]) -> str:
+    """Devices and commands of studies."""
+    return "\n\n".join([devices(studies), commands(studies)])
+
+
+MAKERS = {"curves": returns, "rows": throughputs, "timings": speeds, "printed": printed}
+
+
+def kind_of(study: dict) -> str:
+    return next(kind for kind in MAKERS if kind in study)
+
+
+def table(studies: dict[str, dict]) -> str:
+    """The tables of studies, one for those of a kind."""
+    groups = {}
+    for name, study in studies.items():
+        groups.setdefault(kind_of(study), {})[name] = study
+    return "\n\n".join(MAKERS[kind](own) for kind, own in groups.items())
+
+
+def results(studies: dict[str, dict]) -> str:
+    """Table, pictures, devices and commands of studies."""
+    drawn = {name: study for name, study in studies.items() if kind_of(study) != "timings"}
+    parts = [table(studies), picture(drawn), made_by(studies)]
     return "\n\n".join(part for part in parts if part)
 
 
-def wall_clock(_: str) -> str:
-    """The picture over seconds, once its studies have run."""
-    exists = pictures.wall_clock_pairs() is not None
-    return "![Return over seconds](results/wall_clock.png)" if exists else NOT_RUN
-
-
-def launches(name: str) -> str:
-    """What XLA launches in an update of scripts and peers, counted without a GPU."""
-    studies = find(name)
-    if not studies:
-        return NOT_RUN
+def launches(studies: dict[str, dict]) -> str:
+    """What XLA launches in an update of scripts and peers, counted without a GPU, for one seed."""
+    (study,) = studies.values()
     rows = []
-    for group, programs in studies[name]["counts"].items():
-        for title, by_seeds in programs.items():
-            for seeds, counts in by_seeds.items():
-                update = counts["update"]
-                loops = [loop for loop in update["loops"] if loop["trips"]]
-                steps = [f"{loop['launches']:,}" for loop in (loops[0], loops[-1])]
-                cells = [f"{update[key]:,}" for key in ("launches", "outside", "waits")]
-                memory = f"{counts['memory_mib']:,.0f}"
-                rows.append([f"`{title}`", group, seeds, cells[0], *steps, *cells[1:], memory])
-    head = ["program", "", "seeds", "launches", "first loop, a step", "last loop, a step"]
-    versions = f"Compiled for an H100 by jax {studies[name]['versions']['jax']}; nothing was run."
-    table = markdown([*head, "outside of graphs", "waits", "MiB"], rows)
-    return "\n\n".join([table, versions, commands(studies)])
+    for group in ("now", "peers"):
+        for title, by_seeds in study["counts"][group].items():
+            counts = by_seeds["1"]
+            update = counts["update"]
+            loops = [loop for loop in update["loops"] if loop["trips"]]
+            steps = [f"{loop['launches']:,}" for loop in (loops[0], loops[-1])]
+            cells = [f"{update[key]:,}" for key in ("launches", "outside", "waits")]
+            memory = f"{counts['memory_mib']:,.0f}"
+            rows.append([f"`{title}`", cells[0], *steps, *cells[1:], memory])
+    head = ["program", "launches", "first loop, a step", "last loop, a step"]
+    versions = f"Compiled for an H100 by jax {study['versions']['jax']}; nothing was run."
+    made = markdown([*head, "outside of graphs", "waits", "MiB"], rows)
+    return "\n\n".join([made, versions, commands(studies)])
 
 
-def fill(template: str) -> str:
-    """The template with every mark replaced by what it stands for."""
-    makers = study, seconds, speeds_of_curves, achievements, wall_clock, launches
-    kinds = {make.__name__: make for make in makers}
-    pattern = rf"<!-- ({'|'.join(kinds)})\b *(.*?) -->"
-    return re.sub(pattern, lambda match: kinds[match[1]](match[2]), template)
+def ratio(studies: dict[str, dict]) -> str:
+    """Our steps per second over the peer's."""
+    (study,) = studies.values()
+    ((_, ours, theirs),) = peers_of(study)
+    return f"{ours / theirs:.1f}"
+
+
+def mean(studies: dict[str, dict], label: str) -> str:
+    """The mean over seeds of a curve's last return."""
+    (study,) = studies.values()
+    value = pictures.final_returns(study["curves"][label]).mean()
+    return number(value, 0 if abs(value) >= 100 else 2 if "rate" in study["metric"] else 1)
+
+
+def reach(studies: dict[str, dict], text: str) -> str:
+    """How many seeds of a curve end at a return or more."""
+    (study,) = studies.values()
+    least, _, label = text.partition(" ")
+    final = pictures.final_returns(study["curves"][label])
+    return f"{(final >= float(least)).sum()} of {len(final)}"
+
+
+BLOCKS = [results, table, picture, made_by, seconds, beside, ratios, achievements, launches]
+KINDS = {make.__name__: make for make in [*BLOCKS, ratio, mean, reach]}
+
+
+def fill_mark(match: re.Match) -> str:
+    names, kind, argument, newline = match.groups()
+    studies = find(names)
+    text = KINDS[kind](studies, *([argument] if argument else [])) if studies else NOT_RUN
+    mark = f"<!-- {names}: {kind}{argument and f' {argument}'} -->"
+    return f"{mark}{newline}{text}{newline}<!-- end -->"
+
+
+def fill(page: str) -> str:
+    """The page with what stands between its marks made anew."""
+    return MARK.sub(fill_mark, page)
 
 
 if __name__ == "__main__":
     pictures.main()
-    RESULTS_MD.write_text(fill(TEMPLATE.read_text()))
-    print(RESULTS_MD)
+    for path in PAGES:
+        path.write_text(fill(path.read_text()))
+        print(path)
