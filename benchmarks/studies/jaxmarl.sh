@@ -37,8 +37,8 @@ python benchmarks/studies/curves.py --out benchmarks/results/vdn_asymm_advantage
 
 # The reference at these sizes, and ours without its batch normalisation, window and loss.
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m_peer \
-    --title "SMAX 3m" --metric eval/win_rate --num-seeds 10 --x steps seconds \
+    --title "SMAX 3m" --metric eval/win_rate --num-seeds 5 --x steps seconds \
     --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 64 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 1e6 --eval-interval 24 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "VDN, layer norm, no window, half the loss=pqn_vdn_jaxmarl --norm layer_norm --norm-input none --memory-window 0 --loss-coef 0.5" \
-    --peer 'PureJaxQL=$PUREJAXQL_JAXMARL benchmarks/studies/peers/purejaxql_vdn.py --num-seeds 10 --total-timesteps 1000000 --set NUM_ENVS=64 NUM_STEPS=32 HIDDEN_SIZE=64 NUM_LAYERS=1 NUM_MINIBATCHES=8 NUM_EPOCHS=4 LR=0.0005 EPS_FINISH=0.05 TEST_NUM_ENVS=256'
+    --peer 'PureJaxQL=$PUREJAXQL_JAXMARL benchmarks/studies/peers/purejaxql_vdn.py --num-seeds 5 --total-timesteps 1000000 --set NUM_ENVS=64 NUM_STEPS=32 HIDDEN_SIZE=64 NUM_LAYERS=1 NUM_MINIBATCHES=8 NUM_EPOCHS=4 LR=0.0005 EPS_FINISH=0.05 TEST_NUM_ENVS=256'
