@@ -231,11 +231,12 @@ def check_env(env_id: str, env, params, reset, step) -> None:
     Before 1.0, done included the time limit: as terminated, it would hide what is to be learned.
     """
     key, told = jax.random.key(0), f"--env-id is {env_id}, whose"
+    obs_space, action_space = env.observation_space(params), env.action_space(params)
 
     def first_step(limit=None):
         obs, state = reset(key, params)
         limited = params if limit is None else params.replace(max_steps_in_episode=limit)
-        return obs, step(key, state, env.action_space(params).sample(key), limited)
+        return obs, step(key, state, action_space.sample(key), limited)
 
     def depends_on_limit(i):
         try:  # vmap refuses out_axes=None for what depends on its argument
@@ -258,7 +259,7 @@ def check_env(env_id: str, env, params, reset, step) -> None:
     if "final_observation" not in info:
         needs = "the observation after the step, before any reset"
         raise ValueError(f"{told} info lacks final_observation, {needs}")
-    shape = tuple(env.observation_space(params).shape)
+    shape = tuple(obs_space.shape)
     for x in (obs, next_obs, info["final_observation"]):
         if (got := getattr(x, "shape", type(x).__name__)) != shape:
             raise ValueError(f"{told} observation is {got}, but its space {shape}")

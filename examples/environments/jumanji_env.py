@@ -3,7 +3,7 @@
     python examples/environments/jumanji_env.py pqn_cartpole --env-id Snake-v1 --total-timesteps 2e5
 
 Any script for gymnax and discrete actions may take the place of pqn_cartpole, with its own flags;
---resume works the same way. pip install -r requirements-environments.txt
+--resume works the same way.
 """
 
 import functools
@@ -15,26 +15,19 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import jumanji
-from flax import struct
 from gymnax.environments import environment, spaces
-
-NO_LIMIT = 2**31 - 1
-
-
-@struct.dataclass
-class State:
-    inner: struct.PyTreeNode
-    time: jax.Array  # steps so far: gymnax's is_truncated compares it with max_steps_in_episode
 
 
 class Jumanji(environment.Environment):
+    """Its state is Jumanji's own and the number of steps so far."""
+
     def __init__(self, env_id: str):
         self.env = jumanji.make(env_id)
         if not isinstance(self.env.action_spec, jumanji.specs.DiscreteArray):
             raise ValueError(f"--env-id is {env_id}; its action is not a single discrete one")
         # Jumanji reports its time limit as a termination. Without one it reports only true ends,
         # and the limit is gymnax's. A game without a limit gets one, as it may go on for ever.
-        self.limit, self.env.time_limit = getattr(self.env, "time_limit", 1000), NO_LIMIT
+        self.limit, self.env.time_limit = getattr(self.env, "time_limit", 1000), 2**31 - 1
 
     @property
     def default_params(self):
@@ -48,25 +41,30 @@ class Jumanji(environment.Environment):
         return spaces.Box(-jnp.inf, jnp.inf, obs.shape, obs.dtype)
 
     def reset_env(self, key, params):
-        inner, timestep = self.env.reset(key)
-        return self.flatten(timestep.observation), State(inner, jnp.int32(0))
+        state, timestep = self.env.reset(key)
+        return flatten(timestep.observation), (state, jnp.int32(0))
 
     def step_env(self, key, state, action, params):
-        inner, timestep = self.env.step(state.inner, action)
-        state = State(inner, state.time + 1)
-        return self.flatten(timestep.observation), state, timestep.reward, timestep.last(), {}
+        state, time = state
+        state, timestep = self.env.step(state, action)
+        obs, reward = flatten(timestep.observation), timestep.reward
+        return obs, (state, time + 1), reward, timestep.last(), {}
 
-    def flatten(self, observation):
-        """All numbers of an observation but its step count, which can be thousands."""
-        leaves = jax.tree.leaves_with_path(observation)
-        kept = [x for path, x in leaves if "step_count" not in jax.tree_util.keystr(path)]
-        return jnp.concatenate([x.ravel().astype(jnp.float32) for x in kept])
+    def is_truncated(self, state, params):
+        return state[1] >= params.max_steps_in_episode
+
+
+def flatten(observation) -> jax.Array:
+    """All numbers of an observation but the step count, which can be thousands."""
+    leaves = jax.tree.leaves_with_path(observation)
+    kept = [x for path, x in leaves if "step_count" not in jax.tree_util.keystr(path)]
+    return jnp.concatenate([x.ravel().astype(jnp.float32) for x in kept])
 
 
 for env_id in jumanji.registered_environments():
     gymnax.register(env_id, functools.partial(Jumanji, env_id))
 
-if __name__ == "__main__":  # run the script that is named first, with the other arguments
+if __name__ == "__main__":  # runs the script that is named first, with the other arguments
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.argv.pop(0)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -3,7 +3,7 @@
     python examples/environments/navix_env.py ppo_cartpole --env-id Navix-Empty-8x8-v0
 
 Any script for gymnax and discrete actions may take the place of ppo_cartpole, with its own flags;
---resume works the same way. pip install "navix==0.7.4"
+--resume works the same way. It needs pip install "navix>=0.7.4,<0.8".
 """
 
 import functools
@@ -27,7 +27,7 @@ class Navix(environment.Environment):
         return environment.EnvParams(max_steps_in_episode=self.env.max_steps)
 
     def action_space(self, params):
-        return spaces.Discrete(int(self.env.action_space.n))
+        return spaces.Discrete(len(self.env.action_set))
 
     def observation_space(self, params):
         space = self.env.observation_space  # navix calls it discrete
@@ -50,7 +50,7 @@ class Navix(environment.Environment):
 for env_id in navix.registry():
     gymnax.register(env_id, functools.partial(Navix, env_id))
 
-if __name__ == "__main__":  # run the script that is named first, with the other arguments
+if __name__ == "__main__":  # runs the script that is named first, with the other arguments
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.argv.pop(0)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
