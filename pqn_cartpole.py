@@ -225,22 +225,25 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 def check_env(env_id: str, env, params, reset, step) -> None:
     """Raises ValueError unless reset and step return what gymnax 1.0's do; computes only shapes.
 
-    Before 1.0, done included the time limit: as terminated, it would hide what is to be learned.
+    An environment written before 1.0 may report its time limit as terminated, the done of that
+    time: training would run, and learn that every time limit is an end of value zero.
     """
-    key, told = jax.random.key(0), f"--env-id is {env_id}, whose"
+    told = f"--env-id is {env_id}, whose"
     obs_space, action_space = env.observation_space(params), env.action_space(params)
 
     def first_step(limit=None):
-        obs, state = reset(key, params)
+        keys = jax.random.split(jax.random.key(0), 3)
+        obs, state = reset(keys[0], params)
         limited = params if limit is None else params.replace(max_steps_in_episode=limit)
-        return obs, step(key, state, action_space.sample(key), limited)
+        return obs, step(keys[1], state, action_space.sample(keys[2]), limited)
 
     def depends_on_limit(i):
-        try:  # vmap refuses out_axes=None for what depends on its argument
+        """Whether value i of a step does: for that, vmap refuses out_axes=None."""
+        try:
             value = jax.vmap(lambda limit: first_step(limit)[1][i], out_axes=None)
             jax.eval_shape(value, jnp.zeros(1, jnp.int32))
-        except (AttributeError, TypeError, ValueError) as error:  # or params lack the limit
-            return "out_axes" in str(error)
+        except (AttributeError, TypeError, ValueError) as error:
+            return "out_axes" in str(error)  # else, params have no such limit
         return False
 
     try:
