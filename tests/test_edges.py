@@ -248,8 +248,13 @@ class OldDone(Finite):
         return state[0] >= params.max_steps_in_episode
 
 
-class ContinuousOldDone(OldDone):
-    action_space = staticmethod(lambda params: spaces.Box(-1, 1, (), jnp.float32))
+class ContinuousOldDone(Plane):
+    def step_env(self, key, state, action, params):
+        obs, state, reward, _, info = super().step_env(key, state, action, params)
+        return obs, state, reward, self.is_truncated(state, params), info
+
+    def is_truncated(self, state, params):
+        return state >= params.max_steps_in_episode
 
 
 class NoTruncation(Ring):
