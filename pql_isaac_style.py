@@ -431,6 +431,56 @@ def make_env(env_id: str, backend: str) -> Env:
         return make_dm_control(env_id, [*BRAX_TASKS, *gymnax.registered_envs])
 
 
+def check_env(env_id: str, env, params, reset, step) -> None:
+    """Raises ValueError unless reset and step return what gymnax 1.0's do; computes only shapes.
+
+    An environment written before 1.0 may report its time limit as terminated, the done of that
+    time: training would run, and learn that every time limit is an end of value zero.
+    """
+    told = f"--env-id is {env_id}, whose"
+    obs_space, action_space = env.observation_space(params), env.action_space(params)
+
+    def first_step(limit=None):
+        keys = jax.random.split(jax.random.key(0), 3)
+        obs, state = reset(keys[0], params)
+        limited = params if limit is None else params.replace(max_steps_in_episode=limit)
+        return obs, step(keys[1], state, action_space.sample(keys[2]), limited)
+
+    def depends_on_limit(i):
+        """Whether value i of a step does: for that, vmap refuses out_axes=None."""
+        try:
+            value = jax.vmap(lambda limit: first_step(limit)[1][i], out_axes=None)
+            jax.eval_shape(value, jnp.zeros(1, jnp.int32))
+        except (AttributeError, TypeError, ValueError) as error:
+            return "out_axes" in str(error)  # else, params have no such limit
+        return False
+
+    try:
+        obs, values = jax.eval_shape(first_step)
+    except AttributeError as error:
+        if error.name not in ("is_truncated", "time", "max_steps_in_episode"):
+            raise  # a bug of the environment
+        raise ValueError(f"{told} is_truncated(state, params) is missing: {error}") from error
+    if len(values) != 6:
+        needs = "since gymnax 1.0 these are obs, state, reward, terminated, truncated, info"
+        raise ValueError(f"{told} step returns {len(values)} values; {needs}")
+    next_obs, _, *scalars, info = values
+    if "final_observation" not in info:
+        needs = "the observation after the step, before any reset"
+        raise ValueError(f"{told} info lacks final_observation, {needs}")
+    shape = tuple(obs_space.shape)
+    for x in (obs, next_obs, info["final_observation"]):
+        if (got := getattr(x, "shape", type(x).__name__)) != shape:
+            raise ValueError(f"{told} observation is {got}, but its space {shape}")
+    kinds = [f"{x.dtype}{list(x.shape)}" for x in scalars]
+    if kinds[1:] != ["bool[]", "bool[]"] or scalars[0].shape:
+        needs = "these are a number and two booleans"
+        raise ValueError(f"{told} reward, terminated, truncated are {', '.join(kinds)}; {needs}")
+    if depends_on_limit(3) and depends_on_limit(4):
+        needs = "only is_truncated may have it, or no value is bootstrapped there"
+        raise ValueError(f"{told} terminated includes the limit max_steps_in_episode; {needs}")
+
+
 def make_gymnax(env_id: str) -> Env:
     """An environment of gymnax; its own rules alone end its episodes."""
     import gymnax
@@ -444,6 +494,12 @@ def make_gymnax(env_id: str) -> Env:
     if not np.isfinite(np.subtract(space.high, space.low)).all():
         raise ValueError(f"--env-id is {env_id}; it takes actions with finite bounds")
 
+    def env_step(key, state, action, params):
+        """gymnax's step, but for its reset."""
+        obs, state, reward, terminated, info = env.step_env(key, state, action, params)
+        info = {**info, "final_observation": obs}
+        return obs, state, reward, terminated, env.is_truncated(state, params), info
+
     def reset(key):
         obs, state = env.reset_env(key, params)
         return state, obs.ravel().astype(jnp.float32)
@@ -451,10 +507,10 @@ def make_gymnax(env_id: str) -> Env:
     def step(key, state, action):
         action = space.low + (action + 1) / 2 * (space.high - space.low)
         action = action.reshape(space.shape)
-        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
-        truncated = env.is_truncated(state, params)
-        return state, obs.ravel().astype(jnp.float32), jnp.float32(reward), terminated, truncated
+        obs, state, reward, *ends, _ = env_step(key, state, action, params)
+        return state, obs.ravel().astype(jnp.float32), jnp.float32(reward), *ends
 
+    check_env(env_id, env, params, env.reset_env, env_step)
     obs_size = math.prod(env.observation_space(params).shape)
     return Env(reset, step, obs_size, math.prod(space.shape))
 

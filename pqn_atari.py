@@ -500,23 +500,24 @@ def make_train(config: Config):
         return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
-        """Mean score of eval_episodes greedy games, each from reset to its end or to eval_steps."""
+        """Mean score and length of greedy games, each from reset to its end or to eval_steps."""
 
         def unfinished(carry):
             t, *_, finished = carry
             return (t < config.eval_steps) & ~finished.all()
 
         def step(carry):
-            t, games, returns, finished = carry
+            t, games, results, finished = carry
             action = network.apply(state.variables, games.obs).argmax(-1).astype(jnp.int32)
             games, (reward, terminated, truncated, *_) = eval_step(games, action)
-            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            return t + 1, games, returns, finished | terminated | truncated
+            result = jnp.stack([reward, jnp.ones_like(reward)]).astype(jnp.float32)
+            results += jnp.where(finished, 0, result)
+            return t + 1, games, results, finished | terminated | truncated
 
         games = eval_reset(state.eval_handle, key)
-        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        *_, returns, _ = jax.lax.while_loop(unfinished, step, (0, games, zeros, zeros > 0))
-        return returns.mean()
+        results = jnp.zeros((2, config.eval_episodes), jnp.float32)
+        carry = 0, games, results, jnp.zeros(config.eval_episodes, bool)
+        return jax.lax.while_loop(unfinished, step, carry)[2].mean(axis=1)
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
@@ -539,10 +540,9 @@ def make_train(config: Config):
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            no_return = jnp.float32(jnp.nan)
-            metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: no_return, state, eval_key
-            )
+            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
+            metrics["eval/episodic_return"], metrics["eval/episodic_length"] = results
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

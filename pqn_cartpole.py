@@ -107,7 +107,7 @@ class Config:
     eval_interval: int = 12
     """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes per evaluation, each in its own environment."""
+    """Episodes per evaluation, each in its own environment and to its end, which has to come."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -224,10 +224,60 @@ def lambda_returns(rewards, next_values, terminated, truncated, gamma, td_lambda
 # --- Environment ----------------------------------------------------------------------------------
 
 
+def check_env(env_id: str, env, params, reset, step) -> None:
+    """Raises ValueError unless reset and step return what gymnax 1.0's do; computes only shapes.
+
+    An environment written before 1.0 may report its time limit as terminated, the done of that
+    time: training would run, and learn that every time limit is an end of value zero.
+    """
+    told = f"--env-id is {env_id}, whose"
+    obs_space, action_space = env.observation_space(params), env.action_space(params)
+
+    def first_step(limit=None):
+        keys = jax.random.split(jax.random.key(0), 3)
+        obs, state = reset(keys[0], params)
+        limited = params if limit is None else params.replace(max_steps_in_episode=limit)
+        return obs, step(keys[1], state, action_space.sample(keys[2]), limited)
+
+    def depends_on_limit(i):
+        """Whether value i of a step does: for that, vmap refuses out_axes=None."""
+        try:
+            value = jax.vmap(lambda limit: first_step(limit)[1][i], out_axes=None)
+            jax.eval_shape(value, jnp.zeros(1, jnp.int32))
+        except (AttributeError, TypeError, ValueError) as error:
+            return "out_axes" in str(error)  # else, params have no such limit
+        return False
+
+    try:
+        obs, values = jax.eval_shape(first_step)
+    except AttributeError as error:
+        if error.name not in ("is_truncated", "time", "max_steps_in_episode"):
+            raise  # a bug of the environment
+        raise ValueError(f"{told} is_truncated(state, params) is missing: {error}") from error
+    if len(values) != 6:
+        needs = "since gymnax 1.0 these are obs, state, reward, terminated, truncated, info"
+        raise ValueError(f"{told} step returns {len(values)} values; {needs}")
+    next_obs, _, *scalars, info = values
+    if "final_observation" not in info:
+        needs = "the observation after the step, before any reset"
+        raise ValueError(f"{told} info lacks final_observation, {needs}")
+    shape = tuple(obs_space.shape)
+    for x in (obs, next_obs, info["final_observation"]):
+        if (got := getattr(x, "shape", type(x).__name__)) != shape:
+            raise ValueError(f"{told} observation is {got}, but its space {shape}")
+    kinds = [f"{x.dtype}{list(x.shape)}" for x in scalars]
+    if kinds[1:] != ["bool[]", "bool[]"] or scalars[0].shape:
+        needs = "these are a number and two booleans"
+        raise ValueError(f"{told} reward, terminated, truncated are {', '.join(kinds)}; {needs}")
+    if depends_on_limit(3) and depends_on_limit(4):
+        needs = "only is_truncated may have it, or no value is bootstrapped there"
+        raise ValueError(f"{told} terminated includes the limit max_steps_in_episode; {needs}")
+
+
 def make_env(env_id: str):
     """The gymnax environment with flattened observations and an episode log, and its parameters.
 
-    Raises ValueError for an unknown id, or unless observations are Box and actions Discrete.
+    Raises ValueError for an unknown id or an environment that cannot be trained on.
     """
     try:  # not at the top: it takes seconds, and starts JAX before the devices are chosen
         import gymnax
@@ -246,6 +296,7 @@ def make_env(env_id: str):
     if spaces != ["Box", "Discrete"]:
         takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
+    check_env(env_id, env, params, env.reset, env.step)
     return LogWrapper(FlattenObservationWrapper(env)), params
 
 
@@ -340,9 +391,6 @@ def make_train(config: Config):
     Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config.env_id)
-    if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        lacks = "whose parameters lack max_steps_in_episode; set --eval-interval 0"
-        raise ValueError(f"--env-id is {config.env_id}, {lacks}")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
@@ -440,18 +488,19 @@ def make_train(config: Config):
         return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from reset to end."""
+        """Mean return and length of eval_episodes greedy episodes, each from reset to end."""
 
         def step(carry, t):
-            obs, env_state, returns, finished = carry
+            obs, env_state, results, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = network.apply(state.variables, obs).argmax(-1)
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
-            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            finished |= terminated | truncated | (t + 1 >= env_params.max_steps_in_episode)
-            return (obs, env_state, returns, finished), None
+            result = jnp.stack([reward, jnp.ones_like(reward)], axis=-1).astype(jnp.float32)
+            results += jnp.where(finished[:, None], 0, result)
+            finished |= terminated | truncated
+            return (obs, env_state, results, finished), None
 
         def eight_steps(carry):  # between two looks at finished, for which a GPU waits
             t, carry = carry
@@ -459,10 +508,10 @@ def make_train(config: Config):
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
-        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        carry = 0, (obs, env_state, zeros, zeros > 0)
+        results = jnp.zeros((config.eval_episodes, 2), jnp.float32)
+        carry = 0, (obs, env_state, results, jnp.zeros(config.eval_episodes, bool))
         _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
-        return carry[2].mean()
+        return carry[2].mean(axis=0)
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
@@ -485,10 +534,9 @@ def make_train(config: Config):
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            no_return = jnp.float32(jnp.nan)
-            metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: no_return, state, eval_key
-            )
+            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
+            metrics["eval/episodic_return"], metrics["eval/episodic_length"] = results
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

@@ -116,7 +116,7 @@ class Config:
     eval_interval: int = 122
     """Updates between greedy evaluations (the last update always has one); 0 for none."""
     eval_episodes: int = 128
-    """Episodes per evaluation, each in its own environment."""
+    """Episodes per evaluation, each in its own environment and to its end, which has to come."""
 
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -350,9 +350,6 @@ def make_train(config: Config):
     Raises ValueError for an environment that it cannot train on.
     """
     env, env_params = make_env(config)
-    if config.eval_interval and not hasattr(env_params, "max_steps_in_episode"):
-        lacks = "whose parameters lack max_steps_in_episode; set --eval-interval 0"
-        raise ValueError(f"--env-id is {config.env_id}, {lacks}")
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
     network = QNetwork(env.action_space(env_params).n, config)
@@ -450,18 +447,19 @@ def make_train(config: Config):
         return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each from reset to end."""
+        """Mean return and length of eval_episodes greedy episodes, each from reset to end."""
 
         def step(carry, t):
-            obs, env_state, returns, finished = carry
+            obs, env_state, results, finished = carry
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             action = network.apply(state.variables, obs).argmax(-1)
             obs, env_state, reward, terminated, truncated, _ = env_step(
                 keys, env_state, action, env_params
             )
-            returns += jnp.where(finished, 0, reward).astype(jnp.float32)
-            finished |= terminated | truncated | (t + 1 >= env_params.max_steps_in_episode)
-            return (obs, env_state, returns, finished), None
+            result = jnp.stack([reward, jnp.ones_like(reward)], axis=-1).astype(jnp.float32)
+            results += jnp.where(finished[:, None], 0, result)
+            finished |= terminated | truncated
+            return (obs, env_state, results, finished), None
 
         def eight_steps(carry):  # between two looks at finished, for which a GPU waits
             t, carry = carry
@@ -469,10 +467,10 @@ def make_train(config: Config):
 
         reset_key, step_key = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(reset_key, config.eval_episodes), env_params)
-        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
-        carry = 0, (obs, env_state, zeros, zeros > 0)
+        results = jnp.zeros((config.eval_episodes, 2), jnp.float32)
+        carry = 0, (obs, env_state, results, jnp.zeros(config.eval_episodes, bool))
         _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
-        return carry[2].mean()
+        return carry[2].mean(axis=0)
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
@@ -495,10 +493,9 @@ def make_train(config: Config):
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            no_return = jnp.float32(jnp.nan)
-            metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: no_return, state, eval_key
-            )
+            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
+            metrics["eval/episodic_return"], metrics["eval/episodic_length"] = results
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

@@ -339,12 +339,12 @@ class CraftaxState(NamedTuple):
 
 
 def make_env(config: Config, num_envs: int):
-    """Functions reset(key), step(key, state, action) of num_envs environments, actions, time limit.
+    """Functions reset(key), step(key, state, action) of num_envs environments, and actions.
 
     reset returns (obs, state), and step returns what gymnax's does. Its info has returned_episode,
     returned_episode_returns, returned_episode_lengths and, for Craftax, achievements of episodes
-    that ended. Raises ValueError for an unknown id or parameter, or unless observations are Box and
-    actions Discrete.
+    that ended. Raises ValueError for an unknown id or parameter, or an environment that cannot be
+    trained on.
     """
     return (make_craftax if config.env_id in CRAFTAX else make_gymnax)(config, num_envs)
 
@@ -364,6 +364,56 @@ def change_params(params, changes: tuple[str, ...]):
     return params
 
 
+def check_env(env_id: str, env, params, reset, step) -> None:
+    """Raises ValueError unless reset and step return what gymnax 1.0's do; computes only shapes.
+
+    An environment written before 1.0 may report its time limit as terminated, the done of that
+    time: training would run, and learn that every time limit is an end of value zero.
+    """
+    told = f"--env-id is {env_id}, whose"
+    obs_space, action_space = env.observation_space(params), env.action_space(params)
+
+    def first_step(limit=None):
+        keys = jax.random.split(jax.random.key(0), 3)
+        obs, state = reset(keys[0], params)
+        limited = params if limit is None else params.replace(max_steps_in_episode=limit)
+        return obs, step(keys[1], state, action_space.sample(keys[2]), limited)
+
+    def depends_on_limit(i):
+        """Whether value i of a step does: for that, vmap refuses out_axes=None."""
+        try:
+            value = jax.vmap(lambda limit: first_step(limit)[1][i], out_axes=None)
+            jax.eval_shape(value, jnp.zeros(1, jnp.int32))
+        except (AttributeError, TypeError, ValueError) as error:
+            return "out_axes" in str(error)  # else, params have no such limit
+        return False
+
+    try:
+        obs, values = jax.eval_shape(first_step)
+    except AttributeError as error:
+        if error.name not in ("is_truncated", "time", "max_steps_in_episode"):
+            raise  # a bug of the environment
+        raise ValueError(f"{told} is_truncated(state, params) is missing: {error}") from error
+    if len(values) != 6:
+        needs = "since gymnax 1.0 these are obs, state, reward, terminated, truncated, info"
+        raise ValueError(f"{told} step returns {len(values)} values; {needs}")
+    next_obs, _, *scalars, info = values
+    if "final_observation" not in info:
+        needs = "the observation after the step, before any reset"
+        raise ValueError(f"{told} info lacks final_observation, {needs}")
+    shape = tuple(obs_space.shape)
+    for x in (obs, next_obs, info["final_observation"]):
+        if (got := getattr(x, "shape", type(x).__name__)) != shape:
+            raise ValueError(f"{told} observation is {got}, but its space {shape}")
+    kinds = [f"{x.dtype}{list(x.shape)}" for x in scalars]
+    if kinds[1:] != ["bool[]", "bool[]"] or scalars[0].shape:
+        needs = "these are a number and two booleans"
+        raise ValueError(f"{told} reward, terminated, truncated are {', '.join(kinds)}; {needs}")
+    if depends_on_limit(3) and depends_on_limit(4):
+        needs = "only is_truncated may have it, or no value is bootstrapped there"
+        raise ValueError(f"{told} terminated includes the limit max_steps_in_episode; {needs}")
+
+
 def make_gymnax(config: Config, num_envs: int):
     """make_env for gymnax."""
     env_id = config.env_id
@@ -378,13 +428,12 @@ def make_gymnax(config: Config, num_envs: int):
         raise ValueError(f"--env-id is {env_id}; it takes one of {known}")
     env, params = gymnax.make(env_id)
     params = change_params(params, config.env_params)
-    if not hasattr(params, "max_steps_in_episode"):
-        raise ValueError(f"--env-id is {env_id}, whose parameters lack max_steps_in_episode")
     spaces = env.observation_space(params), env.action_space(params)
     spaces = [type(space).__name__ for space in spaces]
     if spaces != ["Box", "Discrete"]:
         takes = "it takes Box observations and Discrete actions"
         raise ValueError(f"--env-id is {env_id}, with spaces {spaces}; {takes}")
+    check_env(env_id, env, params, env.reset, env.step)
     env = LogWrapper(FlattenObservationWrapper(env))
 
     def reset(key):
@@ -395,7 +444,7 @@ def make_gymnax(config: Config, num_envs: int):
             jax.random.split(key, num_envs), state, action, params
         )
 
-    return reset, step, env.action_space(params).n, params.max_steps_in_episode
+    return reset, step, env.action_space(params).n
 
 
 def make_craftax(config: Config, num_envs: int):
@@ -457,7 +506,7 @@ def make_craftax(config: Config, num_envs: int):
         state = CraftaxState(env_state, jnp.where(done, 0, returns), jnp.where(done, 0, lengths))
         return obs, state, reward, done & ~truncated, truncated, episodes | achievements
 
-    return reset, step, env.action_space(params).n, params.max_timesteps
+    return reset, step, env.action_space(params).n
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -569,7 +618,7 @@ def make_train(config: Config):
     vmap turns the cond into a select and every update evaluates.
     Raises ValueError for an environment that it cannot train on.
     """
-    env_reset, env_step, num_actions, _ = make_env(config, config.num_envs)
+    env_reset, env_step, num_actions = make_env(config, config.num_envs)
     eval_env = make_env(config, config.eval_episodes) if config.eval_interval else None
     network = QNetwork(num_actions, config)
 
@@ -673,30 +722,32 @@ def make_train(config: Config):
         return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
-        """Mean return of eval_episodes greedy episodes, each to its end or to eval_steps."""
-        reset, env_step, _, max_steps = eval_env
+        """Mean return and length of greedy episodes, each to its end or to eval_steps."""
+        reset, env_step, _ = eval_env
 
         def step(carry, t):
-            obs, memory, env_state, returns, finished = carry
+            obs, memory, env_state, results, finished = carry
             hidden, q = act(state.variables, memory, obs)
             action = q.argmax(-1).astype(jnp.int32)
             key = jax.random.fold_in(step_key, t)
             obs, env_state, reward, terminated, truncated, _ = env_step(key, env_state, action)
             memory = Memory(hidden, action, terminated | truncated)
-            returns += reward * ~finished
-            finished |= memory.start | (t + 1 >= min(max_steps, config.eval_steps))
-            return (obs, memory, env_state, returns, finished), None
+            result = jnp.stack([reward, jnp.ones_like(reward)], axis=-1).astype(jnp.float32)
+            results += jnp.where(finished[:, None], 0, result)
+            finished |= memory.start | (t + 1 >= config.eval_steps)
+            return (obs, memory, env_state, results, finished), None
 
         def eight_steps(carry):  # between two looks at finished, for which a GPU waits
             t, carry = carry
             return t + 8, scan_packed(step, carry, t + jnp.arange(8))[0]
 
         reset_key, step_key = jax.random.split(key)
-        zeros = jnp.zeros(config.eval_episodes, jnp.float32)
         obs, env_state = reset(reset_key)
-        carry = 0, (obs, blank(config.eval_episodes), env_state, zeros, zeros > 0)
+        results = jnp.zeros((config.eval_episodes, 2), jnp.float32)
+        finished, memory = jnp.zeros(config.eval_episodes, bool), blank(config.eval_episodes)
+        carry = 0, (obs, memory, env_state, results, finished)
         _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
-        return carry[3].mean()
+        return carry[3].mean(axis=0)
 
     def update(state, number):
         collect_key, learn_key, eval_key = jax.random.split(
@@ -723,10 +774,9 @@ def make_train(config: Config):
                 metrics[name.replace("A", "a", 1)] = value.mean(where=ended) / 100
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            no_return = jnp.float32(jnp.nan)
-            metrics["eval/episodic_return"] = jax.lax.cond(
-                due, evaluate, lambda *_: no_return, state, eval_key
-            )
+            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
+            metrics["eval/episodic_return"], metrics["eval/episodic_length"] = results
         for kind in ("charts", "eval") if config.env_id in CRAFTAX else ():
             if f"{kind}/episodic_return" in metrics:
                 percent = 100 / CRAFTAX[config.env_id] * metrics[f"{kind}/episodic_return"]

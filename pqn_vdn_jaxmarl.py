@@ -704,7 +704,7 @@ def make_train(config: Config):
         return state._replace(variables=variables, opt_state=opt_state), losses
 
     def evaluate(state, key):
-        """Mean return, and win_rate or soups, of eval_episodes greedy episodes."""
+        """Mean return, length, and win_rate or soups, of eval_episodes greedy episodes."""
 
         def step(carry, t):
             obs, hidden, env_state, results, finished = carry
@@ -712,8 +712,9 @@ def make_train(config: Config):
             action = jnp.where(obs.available, q, -jnp.inf).argmax(-1).astype(jnp.int32)
             keys = jax.random.split(jax.random.fold_in(step_key, t), config.eval_episodes)
             obs, env_state, *_, info = env_step(keys, env_state, action)
-            result = jnp.stack([info["returned_episode_returns"], info[score]], axis=-1)
-            results = jnp.where(finished[:, None], results, result.astype(jnp.float32))
+            names = "returned_episode_returns", "returned_episode_lengths", score
+            result = jnp.stack([info[name].astype(jnp.float32) for name in names], axis=-1)
+            results = jnp.where(finished[:, None], results, result)
             # SMAX checks the limit before it counts the step: episodes last up to max_steps + 1.
             finished |= info["returned_episode"] | (t >= env.max_steps)
             return (obs, hidden, env_state, results, finished), None
@@ -725,7 +726,7 @@ def make_train(config: Config):
         reset_key, step_key = jax.random.split(key)
         first = env_reset(jax.random.split(reset_key, config.eval_episodes))
         hidden, finished = blank(config.eval_episodes), jnp.zeros(config.eval_episodes, bool)
-        results = jnp.zeros((config.eval_episodes, 2), jnp.float32)
+        results = jnp.zeros((config.eval_episodes, 3), jnp.float32)
         carry = 0, (first[0], hidden, first[1], results, finished)
         _, carry = jax.lax.while_loop(lambda carry: ~carry[1][-1].all(), eight_steps, carry)
         return carry[3].mean(0)
@@ -754,9 +755,10 @@ def make_train(config: Config):
         }
         if config.eval_interval:
             due = ((number + 1) % config.eval_interval == 0) | (number + 1 == config.num_updates)
-            nothing = jnp.full(2, jnp.nan, jnp.float32)
+            nothing = jnp.full(3, jnp.nan, jnp.float32)
             results = jax.lax.cond(due, evaluate, lambda *_: nothing, state, eval_key)
-            metrics["eval/episodic_return"], metrics[f"eval/{score}"] = results
+            names = "episodic_return", "episodic_length", score
+            metrics |= {f"eval/{name}": x for name, x in zip(names, results, strict=True)}
         return state._replace(update=number + 1), metrics
 
     def train(key=None, state=None, num_updates=config.num_updates):

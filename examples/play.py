@@ -97,7 +97,7 @@ def recurrent_player(script, config, variables, num_envs: int) -> Player:
     """Player for pqn_rnn_craftax.py."""
     # Only first episodes count: later ones may share a world.
     config = dataclasses.replace(config, reset_ratio=num_envs)
-    reset, env_step, num_actions, _ = script.make_env(config, num_envs)
+    reset, env_step, num_actions = script.make_env(config, num_envs)
     network = script.QNetwork(num_actions, config)
     hidden = tuple(jnp.zeros((num_envs, config.hidden_size), jnp.float32) for _ in range(2))
 

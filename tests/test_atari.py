@@ -163,6 +163,7 @@ def test_steps_that_are_none_are_not_learned_from(bootstrap):
     if bootstrap:
         scores = sum(SCRIPT["reward"][:4]), sum(SCRIPT["reward"][4:7])
         np.testing.assert_array_equal(metrics["eval/episodic_return"], np.mean(scores))
+        np.testing.assert_array_equal(metrics["eval/episodic_length"], np.mean([4, 3]))
 
 
 def test_a_minibatch_without_steps_teaches_nothing():

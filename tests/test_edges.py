@@ -207,14 +207,120 @@ def test_samples_come_from_the_rows_that_are_filled(script, config, monkeypatch)
     np.testing.assert_allclose(losses, expected, rtol=0.01)
 
 
-@pytest.mark.parametrize("script", ["pqn_cartpole", "ppo_cartpole", "dqn_cartpole"], indirect=True)
+GYMNAX = ["pqn_cartpole", "ppo_cartpole", "dqn_cartpole", "pqn_rnn_craftax"]
+
+
+@pytest.mark.parametrize("script", GYMNAX, indirect=True)
 def test_environment_without_a_time_limit(script, config):
-    config = dataclasses.replace(config, env_id="Endless")
-    with pytest.raises(ValueError, match=r"^--env-id is Endless, .* max_steps_in_episode"):
-        script.make_train(config)
-    train = script.make_train(dataclasses.replace(config, eval_interval=0))
+    """Its own rule ends its episodes, in evaluations too."""
+    train = script.make_train(dataclasses.replace(config, env_id="Endless"))
     _, metrics = jax.eval_shape(train, jax.random.key(0))
-    assert "eval/episodic_return" not in metrics
+    assert "eval/episodic_length" in metrics
+
+
+class Finite(Ring):
+    """The end of the time is a termination, which observations show: a rule of the task."""
+
+    default_params = environment.EnvParams(max_steps_in_episode=2)
+
+    def step_env(self, key, state, action, params):
+        obs, state, reward, _, info = super().step_env(key, state, action, params)
+        return obs, state, reward, state[0] >= params.max_steps_in_episode, info
+
+    def is_truncated(self, state, params):
+        return jnp.bool_(False)
+
+
+class OldDone(Finite):
+    """Before gymnax 1.0, done included the time limit."""
+
+    def is_truncated(self, state, params):
+        return state[0] >= params.max_steps_in_episode
+
+
+class ContinuousOldDone(Plane):
+    def step_env(self, key, state, action, params):
+        obs, state, reward, _, info = super().step_env(key, state, action, params)
+        return obs, state, reward, self.is_truncated(state, params), info
+
+    def is_truncated(self, state, params):
+        return state >= params.max_steps_in_episode
+
+
+class NoTruncation(Ring):
+    """Its state has no time for gymnax's own is_truncated."""
+
+    is_truncated = environment.Environment.is_truncated
+
+
+class OldStep(Ring):
+    def step(self, key, state, action, params):
+        return self.step_env(key, state, action, params)
+
+
+class NoFinalObservation(Ring):
+    def step(self, key, state, action, params):
+        *values, _ = super().step(key, state, action, params)
+        return *values, {}
+
+
+class WrongSpace(Ring):
+    observation_space = staticmethod(lambda params: spaces.Box(0, 1, (5, 1), jnp.float32))
+
+
+class DictObservation(Ring):
+    def reset_env(self, key, params):
+        obs, state = super().reset_env(key, params)
+        return {"place": obs}, state
+
+    def step_env(self, key, state, action, params):
+        obs, *rest = super().step_env(key, state, action, params)
+        return {"place": obs}, *rest
+
+
+class FloatDone(Ring):
+    def step(self, key, state, action, params):
+        obs, state, reward, terminated, *rest = super().step(key, state, action, params)
+        return obs, state, reward, jnp.float32(terminated), *rest
+
+
+class Faulty(Ring):
+    def step_env(self, key, state, action, params):
+        return self.no_such_method()
+
+
+BROKEN = {
+    OldDone: "terminated includes the limit max_steps_in_episode; only is_truncated may have it",
+    NoTruncation: "is_truncated(state, params) is missing: 'tuple' object has no attribute 'time'",
+    OldStep: "step returns 5 values; since gymnax 1.0 these are obs, state, reward, terminated, ",
+    NoFinalObservation: "info lacks final_observation, the observation after the step, before any",
+    WrongSpace: "observation is (5,), but its space (5, 1)",
+    DictObservation: "observation is dict, but its space (5,)",
+    FloatDone: "reward, terminated, truncated are float32[], float32[], bool[]; these are a number",
+}
+
+
+for env in (*BROKEN, Finite, Faulty, ContinuousOldDone):
+    if env.__name__ not in gymnax.registered_envs:
+        gymnax.register(env.__name__, env)
+
+
+@one_with("check_env")
+def test_broken_environments_are_told(script):
+    for env, told in BROKEN.items():
+        with pytest.raises(ValueError) as raised:
+            script.make_env(env.__name__)
+        assert str(raised.value).startswith(f"--env-id is {env.__name__}, whose {told}")
+    script.make_env("Finite")
+    with pytest.raises(AttributeError, match="no_such_method"):  # its own bug, with a traceback
+        script.make_env("Faulty")
+
+
+@pytest.mark.parametrize("script", having("check_env"), indirect=True)
+def test_every_script_checks_its_environment(script, config):
+    env_id = "ContinuousOldDone" if hasattr(script, "make_physics") else "OldDone"
+    with pytest.raises(ValueError, match=f"^--env-id is {env_id}, whose terminated includes"):
+        script.make_train(dataclasses.replace(config, env_id=env_id))
 
 
 @only("make_physics")
@@ -228,12 +334,6 @@ def test_continuous_environment_by_its_own_rules(script, config, env_id):
         expected = 7 * (2e6 if env_id == "FreePlane" else 1)
         np.testing.assert_allclose(metrics[f"{kind}/episodic_return"][-1:], expected)
     assert not metrics["charts/physics_failures"].any()
-
-
-@pytest.mark.parametrize("script", ["pqn_rnn_craftax"], indirect=True)
-def test_recurrent_environment_without_a_time_limit(script, config):
-    with pytest.raises(ValueError, match=r"^--env-id is Endless, .* max_steps_in_episode"):
-        script.make_train(dataclasses.replace(config, env_id="Endless"))
 
 
 @only("learning_starts")

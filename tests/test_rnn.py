@@ -68,7 +68,7 @@ def test_lstm_against_flax():
 def test_q_values_of_a_rollout_are_recomputed():
     """A pass over a rollout from its first hidden state gives the values that acting saw."""
     config = dataclasses.replace(TINY, norm_input=False, num_steps=20)
-    reset, step, num_actions, _ = rnn.make_env(config, 4)
+    reset, step, num_actions = rnn.make_env(config, 4)
     network = rnn.QNetwork(num_actions, config)
     step, act = jax.jit(step), jax.jit(network.apply)
     obs, env_state = jax.jit(reset)(jax.random.key(0))
@@ -183,11 +183,11 @@ def test_craftax():
     env = {"env_id": "Craftax-Classic-Symbolic-v1", "env_params": ("max_timesteps=3",)}
     sizes = {"num_envs": 8, "reset_ratio": 4, "total_timesteps": 8 * 16, "eval_interval": 0}
     config = dataclasses.replace(TINY, **env, **sizes)
-    _, step, num_actions, limit = rnn.make_env(config, 8)
+    _, step, num_actions = rnn.make_env(config, 8)
     train, step = rnn.make_train(config), jax.jit(step)
     first = jax.jit(train.init)(jax.random.key(0))
     obs, state = first.obs, first.env_state
-    assert num_actions == 17 and limit == 3 and len(np.unique(obs, axis=0)) == 8
+    assert num_actions == 17 and len(np.unique(obs, axis=0)) == 8
     for t in range(3):
         obs, state, _, terminated, truncated, info = step(jax.random.key(t), state, jnp.full(8, 6))
         assert truncated.all() == (t == 2) and not (terminated & truncated).any()

@@ -305,10 +305,10 @@ class ClockParams(environment.EnvParams):
 
 
 class Clock(environment.Environment):
-    """Rewards every step with 1 and never terminates; only the limit of 5 steps cuts it."""
+    """Rewards every step with 1 and never terminates; cut after 5 steps, whatever params say."""
 
     num_actions = 2
-    default_params = ClockParams()
+    default_params = ClockParams(max_steps_in_episode=3)
     action_space = staticmethod(lambda params: spaces.Discrete(2))
     observation_space = staticmethod(lambda params: spaces.Box(0, 1, (10, 10, 1), jnp.float32))
 
@@ -318,6 +318,9 @@ class Clock(environment.Environment):
 
     def reset_env(self, key, params):
         return jnp.ones((10, 10, 1)), environment.EnvState(time=jnp.int32(0))
+
+    def is_truncated(self, state, params):
+        return state.time >= 5
 
 
 class ContinuousClock(Clock):
@@ -365,8 +368,9 @@ def test_truncation_is_not_an_end(script, config, bootstrap, monkeypatch):
     if bootstrap:
         np.testing.assert_allclose(values, limit, rtol=0.02)
         # Five rewards of 1 in each episode, however training scales them.
-        np.testing.assert_array_equal(metrics["eval/episodic_return"][:, -1], 5)
-        np.testing.assert_array_equal(metrics["charts/episodic_return"][:, -1], 5)
+        for kind in ("charts", "eval"):
+            np.testing.assert_array_equal(metrics[f"{kind}/episodic_return"][:, -1], 5)
+            np.testing.assert_array_equal(metrics[f"{kind}/episodic_length"][:, -1], 5)
         if script.__name__ == "ppo_cartpole":  # no action is better: the bonus keeps it uniform
             np.testing.assert_allclose(metrics["losses/entropy"][:, -1], np.log(2), rtol=1e-2)
     else:

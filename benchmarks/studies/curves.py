@@ -3,9 +3,10 @@
     python benchmarks/studies/curves.py --num-seeds 3 \\
         --curve "layer norm=pqn_cartpole" --curve "none=pqn_cartpole --norm none"
 
-A curve is a script run as a person runs it; its returns are read from the metrics.csv that it
-leaves. A peer is any command whose last line of output is JSON with global_step [n] and returns
-[num_seeds, n], of the same metric, compile_seconds and run_seconds.
+A curve is a script, or an adapter of examples/environments and a script, run as a person runs it;
+its returns are read from the metrics.csv that it leaves. A peer is any command whose last line of
+output is JSON with global_step [n] and returns [num_seeds, n], of the same metric, compile_seconds
+and run_seconds.
 """
 
 import csv
@@ -66,7 +67,7 @@ def run_curve(command: str, num_seeds: int, metric: str) -> dict:
     """Run "script flags", all seeds at once, and read its curve."""
     script, *flags = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--num-seeds", str(num_seeds), *flags]
+        flags = [*flags, "--num-seeds", str(num_seeds)]
         run_dir, metadata = common.run_script(script, flags, Path(folder))
         config = json.loads((run_dir / "config.json").read_text())
         curve = {"command": command, "num_envs": config["num_envs"]}
