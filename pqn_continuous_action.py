@@ -335,48 +335,42 @@ def make_env(env_id: str, backend: str) -> Env:
 def check_env(env_id: str, env, params, reset, step) -> None:
     """Raises ValueError unless reset and step return what gymnax 1.0's do; computes only shapes.
 
-    An environment written before 1.0 may report its time limit as terminated, the done of that
-    time: training would run, and learn that every time limit is an end of value zero.
+    In an older environment, terminated may include the time limit: training would run, and learn
+    that every time limit is an end of value zero.
     """
-    told = f"--env-id is {env_id}, whose"
-    obs_space, action_space = env.observation_space(params), env.action_space(params)
 
-    def first_step(limit=None):
+    def first_step(params):
         keys = jax.random.split(jax.random.key(0), 3)
         obs, state = reset(keys[0], params)
-        limited = params if limit is None else params.replace(max_steps_in_episode=limit)
-        return obs, step(keys[1], state, action_space.sample(keys[2]), limited)
+        return obs, step(keys[1], state, env.action_space(params).sample(keys[2]), params)
 
     def depends_on_limit(i):
         """Whether value i of a step does: for that, vmap refuses out_axes=None."""
+
+        def value(limit):
+            return first_step(params.replace(max_steps_in_episode=limit))[1][i]
+
         try:
-            value = jax.vmap(lambda limit: first_step(limit)[1][i], out_axes=None)
-            jax.eval_shape(value, jnp.zeros(1, jnp.int32))
+            jax.eval_shape(jax.vmap(value, out_axes=None), jnp.zeros(1, jnp.int32))
         except (AttributeError, TypeError, ValueError) as error:
             return "out_axes" in str(error)  # else, params have no such limit
         return False
 
+    told, shape = f"--env-id is {env_id}, whose", tuple(env.observation_space(params).shape)
     try:
-        obs, values = jax.eval_shape(first_step)
+        obs, values = jax.eval_shape(first_step, params)
     except AttributeError as error:
         if error.name not in ("is_truncated", "time", "max_steps_in_episode"):
             raise  # a bug of the environment
         raise ValueError(f"{told} is_truncated(state, params) is missing: {error}") from error
-    if len(values) != 6:
-        needs = "since gymnax 1.0 these are obs, state, reward, terminated, truncated, info"
-        raise ValueError(f"{told} step returns {len(values)} values; {needs}")
-    next_obs, _, *scalars, info = values
-    if "final_observation" not in info:
-        needs = "the observation after the step, before any reset"
-        raise ValueError(f"{told} info lacks final_observation, {needs}")
-    shape = tuple(obs_space.shape)
-    for x in (obs, next_obs, info["final_observation"]):
+    if len(values) != 6 or "final_observation" not in values[-1]:
+        needs = "obs, state, reward, terminated, truncated, info with final_observation"
+        raise ValueError(f"{told} step has to return {needs}, as since gymnax 1.0")
+    for x in (obs, values[0], values[-1]["final_observation"]):
         if (got := getattr(x, "shape", type(x).__name__)) != shape:
             raise ValueError(f"{told} observation is {got}, but its space {shape}")
-    kinds = [f"{x.dtype}{list(x.shape)}" for x in scalars]
-    if kinds[1:] != ["bool[]", "bool[]"] or scalars[0].shape:
-        needs = "these are a number and two booleans"
-        raise ValueError(f"{told} reward, terminated, truncated are {', '.join(kinds)}; {needs}")
+    if kinds := [x.dtype.name for x in values[3:5] if x.dtype != bool or x.shape]:
+        raise ValueError(f"{told} terminated and truncated have to be booleans, not {kinds[0]}")
     if depends_on_limit(3) and depends_on_limit(4):
         needs = "only is_truncated may have it, or no value is bootstrapped there"
         raise ValueError(f"{told} terminated includes the limit max_steps_in_episode; {needs}")

@@ -292,11 +292,11 @@ class Faulty(Ring):
 BROKEN = {
     OldDone: "terminated includes the limit max_steps_in_episode; only is_truncated may have it",
     NoTruncation: "is_truncated(state, params) is missing: 'tuple' object has no attribute 'time'",
-    OldStep: "step returns 5 values; since gymnax 1.0 these are obs, state, reward, terminated, ",
-    NoFinalObservation: "info lacks final_observation, the observation after the step, before any",
+    OldStep: "step has to return obs, state, reward, terminated, truncated, info with",
+    NoFinalObservation: "step has to return obs, state, reward, terminated, truncated, info with",
     WrongSpace: "observation is (5,), but its space (5, 1)",
     DictObservation: "observation is dict, but its space (5,)",
-    FloatDone: "reward, terminated, truncated are float32[], float32[], bool[]; these are a number",
+    FloatDone: "terminated and truncated have to be booleans, not float32",
 }
 
 
