@@ -311,13 +311,12 @@ def n_step_transitions(rewards, next_obs, terminated, truncated, gamma, n):
     num_windows = len(rewards) - n + 1
     total, discount, alive, last_obs = 0.0, 1.0, True, next_obs[:num_windows]
     for i in range(n):
-        reward, obs, end, cut = (
-            x[i : i + num_windows] for x in (rewards, next_obs, terminated, truncated)
-        )
+        steps = rewards, next_obs, terminated, truncated
+        reward, obs, is_terminated, is_truncated = (x[i : i + num_windows] for x in steps)
         total += jnp.where(alive, discount * reward, 0)
-        discount *= jnp.where(alive, gamma * ~end, 1)
+        discount *= jnp.where(alive, gamma * ~is_terminated, 1)
         last_obs = jnp.where(jnp.expand_dims(alive, -1), obs, last_obs)
-        alive &= ~(end | cut)
+        alive &= ~(is_terminated | is_truncated)
     return total, discount, last_obs
 
 
@@ -714,7 +713,7 @@ def transitions_of(config: Config, steps: Step) -> tuple[Transition, Step | None
     return Transition(*starts, reward, discount, next_obs), window
 
 
-def draw(config: Config, key, gradient_steps: int, action_size: int):
+def random_inputs(config: Config, key, gradient_steps: int, action_size: int):
     """Random bits for the batches of gradient steps, and standard normal noise."""
     bits_key, noise_key = jax.random.split(key)
     shape = gradient_steps, config.batch_size
@@ -779,7 +778,7 @@ def make_train(config: Config):
         replay = replay_insert(replay, jnp.arange(rows_before), first)
         return state._replace(actor=actor, replay=replay, fresh=fresh)
 
-    def choose(params, obs, noise):
+    def sample_action(params, obs, noise):
         """Actions with noise, standard normal for sac_n, and their log-probabilities (sac_n)."""
         outputs = policy.apply(params, obs)
         if is_sac:
@@ -793,7 +792,7 @@ def make_train(config: Config):
             noise, step_key = inputs
             statistics = update_statistics(actor.statistics, actor.env.obs)
             obs = normalize(actor.env.obs, statistics)
-            action = noise if warmup else choose(state.p_learner.policy, obs, noise)[0]
+            action = noise if warmup else sample_action(state.p_learner.policy, obs, noise)[0]
             env_state, step, sums = step_envs(env, step_key, actor.env, action)
             return actor._replace(env=env_state, statistics=statistics), (step, sums)
 
@@ -816,7 +815,7 @@ def make_train(config: Config):
         def loss(params, target_params, batch, noise):
             obs = normalize(batch.obs, state.actor.statistics, config.obs_clip)
             next_obs = normalize(batch.next_obs, state.actor.statistics, config.obs_clip)
-            next_action, log_prob = choose(state.p_learner.policy, next_obs, noise)
+            next_action, log_prob = sample_action(state.p_learner.policy, next_obs, noise)
             next_outputs = critic.apply(target_params, next_obs, next_action)
             outputs = critic.apply(params, obs, batch.action)
             if is_distributional:
@@ -831,7 +830,8 @@ def make_train(config: Config):
             return td_loss, expected_values(outputs).mean()
 
         def gradient_step(learner, inputs):
-            batch, noise = replay_sample(state.replay, inputs[0], filled), inputs[1]
+            bits, noise = inputs
+            batch = replay_sample(state.replay, bits, filled)
             grad_fn = jax.value_and_grad(loss, has_aux=True)
             (td_loss, q), grads = grad_fn(learner.critic, learner.target_critic, batch, noise)
             params, opt_state = step_params(learner.critic, grads, learner.opt_state, rate)
@@ -839,7 +839,7 @@ def make_train(config: Config):
             losses = {"td_loss": td_loss, "q_values": q, "grad_norm": optax.tree.norm(grads)}
             return VLearner(params, target_params, opt_state), losses
 
-        bits, noise = draw(config, key, gradient_steps, env.action_size)
+        bits, noise = random_inputs(config, key, gradient_steps, env.action_size)
         if not is_sac:
             limit = config.target_noise_clip
             noise = jnp.clip(config.target_noise * noise, -limit, limit)
@@ -850,14 +850,15 @@ def make_train(config: Config):
 
         def loss(params, log_alpha, obs, noise):
             obs = normalize(obs, state.actor.statistics, config.obs_clip)
-            action, log_prob = choose(params, obs, noise if is_sac else 0.0)
+            action, log_prob = sample_action(params, obs, noise if is_sac else 0.0)
             values = expected_values(critic.apply(state.v_learner.critic, obs, action)).min(axis=0)
             if is_sac:
                 values -= jnp.exp(log_alpha) * log_prob
             return -values.mean(), jnp.mean(log_prob)
 
         def gradient_step(learner, inputs):
-            obs, noise = replay_sample(state.replay.obs, inputs[0], filled), inputs[1]
+            bits, noise = inputs
+            obs = replay_sample(state.replay.obs, bits, filled)
             grad_fn = jax.value_and_grad(loss, has_aux=True)
             (policy_loss, log_prob), grads = grad_fn(learner.policy, learner.log_alpha, obs, noise)
             params, opt_state = step_params(learner.policy, grads, learner.opt_state, rate)
@@ -871,7 +872,7 @@ def make_train(config: Config):
                 )
             return PLearner(params, opt_state, *alpha_state), losses
 
-        inputs = draw(config, key, gradient_steps, env.action_size)
+        inputs = random_inputs(config, key, gradient_steps, env.action_size)
         return jax.lax.scan(gradient_step, state.p_learner, inputs)
 
     def parallel_cycle(state, filled, keys, rate):
@@ -903,7 +904,7 @@ def make_train(config: Config):
 
         def greedy(obs):
             obs = normalize(obs, state.actor.statistics)
-            return choose(state.p_learner.policy, obs, 0.0)[0]
+            return sample_action(state.p_learner.policy, obs, 0.0)[0]
 
         return mean_episode(env, key, config.eval_episodes, greedy)
 

@@ -356,16 +356,16 @@ def make_env(config: Config, num_envs: int, episodic_life: bool):
 
     def step(games, action):
         handle, (obs, reward, terminated, truncated, info) = ale_step(games.handle, action)
-        is_step = start(info) == games.first_frame  # else, a new game has begun
+        is_reset = start(info) != games.first_frame  # a new game has begun
         episode = {
-            "returned_episode": ~is_step,
+            "returned_episode": is_reset,
             "returned_episode_returns": games.episode_return,
             "returned_episode_lengths": games.episode_length,
         }
-        episode_return = jnp.where(is_step, games.episode_return + reward, 0)
-        episode_length = jnp.where(is_step, games.episode_length + 1, 0)
+        episode_return = jnp.where(is_reset, 0, games.episode_return + reward)
+        episode_length = jnp.where(is_reset, 0, games.episode_length + 1)
         games = Games(handle, obs, start(info), episode_return, episode_length)
-        return games, (reward, terminated, truncated, is_step, episode)
+        return games, (reward, terminated, truncated, is_reset, episode)
 
     handle = np.frombuffer(env.ale.handle(), np.uint8)
     return reset, step, handle, env.single_action_space.n
@@ -399,7 +399,7 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     truncated: jax.Array
-    is_step: jax.Array  # False where the environment started a new game instead
+    is_reset: jax.Array  # whether the step only started a game: there is nothing to learn
     info: dict[str, jax.Array]  # returned_episode, returned_episode_returns, ..._lengths
 
 
@@ -461,14 +461,14 @@ def make_train(config: Config):
         ends = terminated, truncated
         return lambda_returns(rewards, next_values, *ends, config.gamma, config.td_lambda)
 
-    def loss(params, variables, obs, action, is_step, target):
+    def loss(params, variables, obs, action, mask, target):
         q, updated = network.apply(
             variables | {"params": params}, obs, train=True, mutable=["batch_stats"]
         )
         chosen = q.sum(-1, where=jax.nn.one_hot(action, q.shape[-1], dtype=bool))
-        num_transitions = jnp.maximum(is_step.sum(), 1)  # none, in a small minibatch, is no NaN
-        td_loss = 0.5 * jnp.square(chosen - target).sum(where=is_step) / num_transitions
-        return td_loss, (chosen.sum(where=is_step) / num_transitions, updated)
+        num_transitions = jnp.maximum(mask.sum(), 1)  # none, in a small minibatch, is no NaN
+        td_loss = 0.5 * jnp.square(chosen - target).sum(where=mask) / num_transitions
+        return td_loss, (chosen.sum(where=mask) / num_transitions, updated)
 
     def learn(state, rollout, key):
         def gradient_step(carry, inputs):
@@ -483,7 +483,7 @@ def make_train(config: Config):
             variables |= updated | {"params": variables["params"] - rate * updates}
             return (variables, opt_state), jnp.stack([td_loss, q, optax.tree.norm(grads)])
 
-        batch = rollout.obs, rollout.action, rollout.is_step, targets(state, rollout)
+        batch = rollout.obs, rollout.action, ~rollout.is_reset, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
         # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)

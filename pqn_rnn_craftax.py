@@ -258,14 +258,14 @@ class LSTM(nn.Module):
 class QNetwork(nn.Module):
     """Encoder, LSTM, output: obs [T, B, obs_dim], last_action, start [T, B] to [T, B, num_actions].
 
-    start marks the first step of an episode; hidden is the LSTM's state before the first step.
+    clear marks the first step of an episode; hidden is the LSTM's state before the first step.
     """
 
     num_actions: int
     config: Config
 
     @nn.compact
-    def __call__(self, hidden, obs, last_action, start, train: bool = False):
+    def __call__(self, hidden, obs, last_action, clear, train: bool = False):
         x = obs.astype(jnp.float32)
         x = BatchRenorm()(x, train) if self.config.norm_input else x
         for _ in range(self.config.num_layers):
@@ -276,7 +276,7 @@ class QNetwork(nn.Module):
             [x, jax.nn.one_hot(last_action, self.num_actions, dtype=jnp.float32)], axis=-1
         )
         lstm = LSTM(self.config.hidden_size, self.config.forget_bias)
-        hidden, x = lstm(hidden, x, start if self.config.memory else start | True)
+        hidden, x = lstm(hidden, x, clear if self.config.memory else clear | True)
         return hidden, nn.Dense(self.num_actions)(x)
 
 
@@ -511,7 +511,7 @@ class Memory(NamedTuple):
 
     hidden: Any  # (c, h) of the LSTM, [num_envs, hidden_size] each
     last_action: jax.Array
-    start: jax.Array  # whether obs is the first of an episode
+    clear: jax.Array  # whether obs is the first of an episode, before which there is no memory
 
 
 def pack(tree):
@@ -583,7 +583,7 @@ class Transition(NamedTuple):
 
     obs: jax.Array
     last_action: jax.Array
-    start: jax.Array
+    clear: jax.Array
     action: jax.Array
     reward: jax.Array
     terminated: jax.Array
@@ -623,7 +623,7 @@ def make_train(config: Config):
 
     def act(variables, memory, obs):
         """One step of the network: the LSTM's new state, and values [num_envs, num_actions]."""
-        inputs = jax.tree.map(lambda x: x[None], (obs, memory.last_action, memory.start))
+        inputs = jax.tree.map(lambda x: x[None], (obs, memory.last_action, memory.clear))
         hidden, q = network.apply(variables, memory.hidden, *inputs)
         return hidden, q[0]
 
@@ -641,7 +641,7 @@ def make_train(config: Config):
         obs, env_state = env_reset(reset_key)
         memory = blank(config.num_envs)
         variables = network.init(
-            params_key, memory.hidden, obs[None], memory.last_action[None], memory.start[None]
+            params_key, memory.hidden, obs[None], memory.last_action[None], memory.clear[None]
         )
         opt_state = optimizer.init(ravel_pytree(variables["params"])[0])
         return TrainState(variables, opt_state, env_state, obs, memory, key, jnp.int32(0))
@@ -654,7 +654,7 @@ def make_train(config: Config):
             next_obs, env_state, reward, terminated, truncated, info = env_step(
                 keys[1], env_state, action
             )
-            inputs = obs, memory.last_action, memory.start
+            inputs = obs, memory.last_action, memory.clear
             transition = Transition(*inputs, action, reward, terminated, truncated)
             # As in PureJaxQL, an episode starts with the last action of the previous one.
             memory = Memory(hidden, action, terminated | truncated)
@@ -672,7 +672,7 @@ def make_train(config: Config):
             hidden,
             rollout.obs,
             rollout.last_action,
-            rollout.start,
+            rollout.clear,
             train=True,
             mutable=["batch_stats"],
         )
@@ -682,10 +682,10 @@ def make_train(config: Config):
         rewards = (config.reward_scale * rollout.reward).astype(jnp.float32)
         values = jax.lax.stop_gradient(q.max(-1))
         ends = terminated, truncated
-        target, weight = rollout_targets(rewards, values, *ends, config.gamma, config.td_lambda)
+        target, mask = rollout_targets(rewards, values, *ends, config.gamma, config.td_lambda)
         chosen = jax.nn.one_hot(rollout.action[:-1], q.shape[-1], dtype=bool)
         q_taken = q[:-1].sum(-1, where=chosen)
-        squares = (weight * jnp.square(q_taken - target)).sum() / jnp.maximum(weight.sum(), 1)
+        squares = (mask * jnp.square(q_taken - target)).sum() / jnp.maximum(mask.sum(), 1)
         return 0.5 * squares, (q_taken.mean(), updated)
 
     def learn(state, hidden, rollout, key):
@@ -728,7 +728,7 @@ def make_train(config: Config):
             memory = Memory(hidden, action, terminated | truncated)
             result = jnp.stack([reward, jnp.ones_like(reward)], axis=-1).astype(jnp.float32)
             results += jnp.where(finished[:, None], 0, result)
-            finished |= memory.start | (t + 1 >= config.eval_steps)
+            finished |= memory.clear | (t + 1 >= config.eval_steps)
             return (obs, memory, env_state, results, finished), None
 
         def eight_steps(carry):  # between two looks at finished, for which a GPU waits

@@ -671,10 +671,10 @@ def make_train(config: Config):
         if config.mixer == "none":  # clear: dead after the step, or the next one masked as a reset
             ends[0] |= obs.clear[1:]
         target = lambda_returns(reward, next_values, *ends, config.gamma, config.td_lambda)
-        learned = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
-        count = jnp.maximum(learned.sum(), 1)  # a minibatch may hold nothing but resets
-        squares = jnp.square(values - target).sum(where=learned) / count
-        return config.loss_coef * squares, (values.sum(where=learned) / count, updated)
+        mask = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
+        count = jnp.maximum(mask.sum(), 1)  # a minibatch may hold nothing but resets
+        squares = jnp.square(values - target).sum(where=mask) / count
+        return config.loss_coef * squares, (values.sum(where=mask) / count, updated)
 
     def learn(state, batch, key):
         def gradient_step(carry, inputs):

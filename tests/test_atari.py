@@ -32,7 +32,7 @@ TINY = atari.Config(
 
 
 def by_hand(game, actions, max_frames, episodic_life):
-    """What each action leads to, in a new emulator: reward, terminated, truncated, is_step."""
+    """What each action leads to, in a new emulator: reward, terminated, truncated, is_reset."""
     ale = ale_py.ALEInterface()
     ale.setFloat("repeat_action_probability", 0.0)
     ale.setInt("random_seed", 0)
@@ -44,7 +44,7 @@ def by_hand(game, actions, max_frames, episodic_life):
             ale.reset_game()
             ale.act(ale_py.Action.FIRE)
             frames, is_over = 0, False
-            rows.append((0, False, False, False))
+            rows.append((0, False, False, True))
             continue
         lives, reward = ale.lives(), 0
         for _ in range(4):
@@ -54,7 +54,7 @@ def by_hand(game, actions, max_frames, episodic_life):
                 break
         ended = ale.game_over() or (episodic_life and 0 < ale.lives() < lives)
         is_over = ale.game_over() or frames == max_frames
-        rows.append((reward, ended, is_over and not ended, True))
+        rows.append((reward, ended, is_over and not ended, False))
     return [np.array(column) for column in zip(*rows[1:], strict=True)]
 
 
@@ -80,14 +80,14 @@ def test_transitions_are_those_of_the_emulator(game, episodic_life, max_frames, 
     outcome = jax.jit(play)(jax.random.key(0))
     *outcome, episodes = jax.tree.map(lambda x: np.asarray(x)[:, 0], outcome)
     assert_equal(outcome, by_hand(game, actions, max_frames, episodic_life))
-    reward, terminated, truncated, is_step = outcome
-    np.testing.assert_array_equal(episodes["returned_episode"], ~is_step)
-    begins = [0, *np.flatnonzero(~is_step)]
+    reward, terminated, truncated, is_reset = outcome
+    np.testing.assert_array_equal(episodes["returned_episode"], is_reset)
+    begins = [0, *np.flatnonzero(is_reset)]
     scores = [reward[a:b].sum() for a, b in itertools.pairwise(begins)]
-    np.testing.assert_array_equal(episodes["returned_episode_returns"][~is_step], scores)
-    lengths = [is_step[a:b].sum() for a, b in itertools.pairwise(begins)]
-    np.testing.assert_array_equal(episodes["returned_episode_lengths"][~is_step], lengths)
-    games = (~is_step).sum()
+    np.testing.assert_array_equal(episodes["returned_episode_returns"][is_reset], scores)
+    lengths = [(~is_reset[a:b]).sum() for a, b in itertools.pairwise(begins)]
+    np.testing.assert_array_equal(episodes["returned_episode_lengths"][is_reset], lengths)
+    games = is_reset.sum()
     assert games >= 2 and max(scores) > 0 and (game == "breakout" or reward.max() > 1)
     assert truncated.sum() == (games if max_frames == 302 else 0)
     assert (terminated.sum() > games) == episodic_life
@@ -99,20 +99,20 @@ SCRIPT = {
     "reward": [2, 0, -3, 1, 0, 1, 0, 4, 0, 0, 2, -5, 0, 1, 0, 9],
     "terminated": [t in (3, 10) for t in range(16)],
     "truncated": [t == 6 for t in range(16)],
-    "is_step": [t not in (7, 11) for t in range(16)],
+    "is_reset": [t in (7, 11) for t in range(16)],
 }
 PICTURES = np.random.default_rng(0).integers(256, size=(17, 4, 84, 84)).astype(np.uint8)
 
 
 @functools.cache
 def scripted_train(bootstrap):
-    """The settings of one update of the scripted games, and its program: (key, is_step) -> ..."""
+    """The settings of one update of the scripted games, and its program: (key, is_reset) -> ..."""
     settings = {"num_steps": 16, "num_minibatches": 1, "num_epochs": 1, "total_timesteps": 32}
     settings |= {"learning_rate": 0.0, "gamma": 0.9, "td_lambda": 0.5, "eval_episodes": 2}
     settings |= {"bootstrap_on_truncation": bootstrap, "eval_interval": int(bootstrap)}
     config = dataclasses.replace(TINY, **settings)
 
-    def train(key, is_step):
+    def train(key, is_reset):
         def scripted_env(config, num_envs, episodic_life):
             def at(values, games):
                 return jnp.array(values)[games.episode_length % len(values)]
@@ -126,9 +126,9 @@ def scripted_train(bootstrap):
                 return observe(atari.Games(handle, None, zeros, zeros.astype(jnp.float32), begin))
 
             def step(games, action):
-                outcome = [at(x, games) for x in (SCRIPT | {"is_step": is_step}).values()]
+                outcome = [at(x, games) for x in (SCRIPT | {"is_reset": is_reset}).values()]
                 names = ("returned_episode", "returned_episode_returns", "returned_episode_lengths")
-                info = dict.fromkeys(names, ~outcome[-1])
+                info = dict.fromkeys(names, outcome[-1])
                 games = games._replace(episode_length=games.episode_length + 1)
                 return observe(games), (*outcome, info)
 
@@ -145,7 +145,7 @@ def scripted_train(bootstrap):
 def test_steps_that_are_none_are_not_learned_from(bootstrap):
     """The loss of a scripted rollout, from the equation; the evaluation counts raw rewards."""
     config, train = scripted_train(bootstrap)
-    state, metrics = train(jax.random.key(0), jnp.array(SCRIPT["is_step"]))
+    state, metrics = train(jax.random.key(0), jnp.array(SCRIPT["is_reset"]))
     network = atari.QNetwork(1, config)
     values = np.asarray(jax.jit(network.apply)(state.variables, PICTURES)).max(-1)
 
@@ -155,10 +155,10 @@ def test_steps_that_are_none_are_not_learned_from(bootstrap):
         cut = SCRIPT["terminated"][t] or SCRIPT["truncated"][t] or t == 15
         future = values[t + 1] if cut else 0.5 * values[t + 1] + 0.5 * target
         target = np.sign(SCRIPT["reward"][t]) + 0.9 * (0 if terminal else future)
-        if SCRIPT["is_step"][t]:
+        if not SCRIPT["is_reset"][t]:
             errors.append(values[t] - target)
     np.testing.assert_allclose(metrics["losses/td_loss"][0], 0.5 * np.mean(np.square(errors)), 1e-3)
-    expected = values[:16][SCRIPT["is_step"]].mean()
+    expected = values[:16][~np.array(SCRIPT["is_reset"])].mean()
     np.testing.assert_allclose(metrics["losses/q_values"][0], expected, 1e-3)
     if bootstrap:
         scores = sum(SCRIPT["reward"][:4]), sum(SCRIPT["reward"][4:7])
@@ -168,7 +168,7 @@ def test_steps_that_are_none_are_not_learned_from(bootstrap):
 
 def test_a_minibatch_without_steps_teaches_nothing():
     _, train = scripted_train(False)
-    state, metrics = train(jax.random.key(0), jnp.zeros(16, bool))
+    state, metrics = train(jax.random.key(0), jnp.ones(16, bool))
     assert metrics["losses/td_loss"] == metrics["losses/grad_norm"] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 

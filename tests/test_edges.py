@@ -160,7 +160,7 @@ def test_two_billion_steps(script, config, games):
     for number in (20_000_000, config.num_updates - 1):
         after, metrics = one_update(state._replace(update=jnp.int32(number)))
         if hasattr(after, "memory"):  # after an even number of steps in the ring
-            assert after.memory.start.all()
+            assert after.memory.clear.all()
         warmup = getattr(config, "warmup_timesteps", 0)
         assert int(metrics["global_step"][0]) == warmup + (number + 1) * config.steps_per_update
         rate = config.learning_rate * (1 - number / config.num_updates)
