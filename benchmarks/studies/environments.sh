@@ -22,7 +22,3 @@ python benchmarks/studies/curves.py --out benchmarks/results/environments_door_k
     --curve "PQN=examples/environments/navix_env pqn_cartpole --env-id Navix-DoorKey-5x5-v0 --seed 10 --total-timesteps 3e5 --eval-interval 0 --num-steps 32 --num-minibatches 8 --hidden-size 128 --learning-rate 5e-4 --gamma 0.97 --td-lambda 0.65 --epsilon-finish 0.05 --epsilon-decay 0.5 --reward-scale 1" \
     --curve "PPO=examples/environments/navix_env ppo_cartpole --env-id Navix-DoorKey-5x5-v0 --seed 10 --total-timesteps 3e5 --eval-interval 0 --num-envs 16 --learning-rate 1e-3" \
     --curve "DQN=examples/environments/navix_env dqn_cartpole --env-id Navix-DoorKey-5x5-v0 --seed 10 --total-timesteps 3e5 --eval-interval 0 --learning-rate 5e-4"
-
-python benchmarks/studies/speed.py examples/environments/navix_env --out benchmarks/results/environments_speed --repeats 2 \
-    --flags="ppo_cartpole --env-id Navix-Empty-8x8-v0 --total-timesteps 3e5 --eval-interval 0 --num-envs 16 --learning-rate 1e-3" \
-    --peer 'Navix=python benchmarks/studies/peers/navix_ppo.py'

@@ -33,8 +33,8 @@ def main(
     """Time the script and the peer in turns; prints medians and their ratio.
 
     Args:
-        script: Name of the script or adapter (examples/environments/navix_env), without .py.
-        flags: Flags of the script; of an adapter, after the name of a script.
+        script: Name of the script, without .py.
+        flags: Flags of the script.
         peer: "label=command" of the other implementation; left out where a variable in it, as
             $PUREJAXQL, is not set.
         repeats: Runs of each.
