@@ -58,14 +58,15 @@ def test_commands_of_the_studies_parse():
             after = itertools.pairwise(arguments)
             own = [text.partition("=")[2].split() for flag, text in after if flag == "--curve"]
             for script, *further in own or [[arguments[0]]]:
+                words = [*shlex.split(" ".join(given)), *further]
                 if script.startswith("examples/"):  # an adapter, which hands flags on
                     assert (ROOT / f"{script}.py").exists()
-                    script, *further = further
+                    script, *words = words
                 if script not in SCRIPTS:  # without requirements-atari.txt
                     continue
                 module = importlib.import_module(script)
                 if "throughput" not in tool:
-                    module.parse_args([*shlex.split(" ".join(given)), *further])
+                    module.parse_args(words)
     assert len(names) == len(set(names))
 
 
