@@ -108,9 +108,14 @@ def summary(curve: dict) -> tuple:
     return returns[0], None, None, ""
 
 
-def final_returns(curve: dict) -> np.ndarray:
-    """Of every seed."""
-    return np.array([own[-1] for own in curve["returns"]] if "returns" in curve else curve["final"])
+def final_returns(study: dict, label: str) -> np.ndarray:
+    """Of every seed, the last evaluation, or the mean over the last tenth of training."""
+    curve = study["curves"][label]
+    if "returns" not in curve:
+        return np.array(curve["final"])
+    returns, steps = np.array(curve["returns"], float), np.array(curve["global_step"])
+    since = 0.9 * steps[-1] if study["metric"].startswith("charts") else steps[-2]
+    return np.nanmean(returns[:, steps > since], axis=1)
 
 
 def x_values(curve: dict, over: str) -> np.ndarray:
@@ -166,7 +171,7 @@ def draw(out: Path) -> list[Path]:
             figure = Figure(figsize=(6, 3.6), layout="constrained")
             axes = figure.add_subplot(ylabel=y_label(study))
             words = draw_curves(axes, curves, over)
-            num_seeds = sorted({len(final_returns(curve)) for curve in curves.values()})
+            num_seeds = sorted({len(final_returns(study, label)) for label in curves})
             seeds = " and ".join(str(number) for number in num_seeds)
             seeds += " seed" + "s" * (num_seeds != [1]) + f": {words}" * bool(words)
             axes.set_title(f"{study['title']}\n{seeds}".strip())

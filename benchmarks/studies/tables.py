@@ -46,7 +46,7 @@ def returns(studies: dict[str, dict]) -> str:
     rows, many = [], False
     for study in studies.values():
         for label, curve in study["curves"].items():
-            final, interval = pictures.final_returns(curve), "-"
+            final, interval = pictures.final_returns(study, label), "-"
             form = functools.partial(number, decimals=3 if "rate" in study["metric"] else 1)
             if len(final) >= 10:
                 many = True
@@ -96,7 +96,7 @@ def beside(studies: dict[str, dict]) -> str:
     for study in studies.values():
         script = next(iter(study["curves"].values()))["command"].split()[0]
         for label, ours, theirs in peers_of(study):
-            num_seeds = str(len(pictures.final_returns(study["curves"][label])))
+            num_seeds = str(len(pictures.final_returns(study, label)))
             cells = [f"{ours:,.0f}", label, f"{theirs:,.0f}", f"**{ours / theirs:.2f}**"]
             rows.append([f"`{script}`, {study['title']}", num_seeds, *cells])
     head = ["", "seeds", "steps/s", "peer", "its steps/s", "ratio"]
@@ -182,7 +182,7 @@ def caption(study: dict) -> str:
     """What the picture of a study shows, in words."""
     if "curves" not in study:
         return ""
-    counts = sorted({len(pictures.final_returns(curve)) for curve in study["curves"].values()})
+    counts = sorted({len(pictures.final_returns(study, label)) for label in study["curves"]})
     seeds = " and ".join(map(str, counts)) + " seed" + "s" * (counts != [1])
     return f"{study['title']}, {pictures.y_label(study)}, {seeds}"
 
@@ -295,9 +295,9 @@ def ratio(studies: dict[str, dict]) -> str:
 
 
 def mean(studies: dict[str, dict], label: str) -> str:
-    """The mean over seeds of a curve's last return."""
+    """The mean over seeds of a curve's final return."""
     (study,) = studies.values()
-    value = pictures.final_returns(study["curves"][label]).mean()
+    value = pictures.final_returns(study, label).mean()
     return number(value, 0 if abs(value) >= 100 else 2 if "rate" in study["metric"] else 1)
 
 
@@ -305,7 +305,7 @@ def reach(studies: dict[str, dict], text: str) -> str:
     """How many seeds of a curve end at a return or more."""
     (study,) = studies.values()
     least, _, label = text.partition(" ")
-    final = pictures.final_returns(study["curves"][label])
+    final = pictures.final_returns(study, label)
     return f"{(final >= float(least)).sum()} of {len(final)}"
 
 
