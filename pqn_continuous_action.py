@@ -57,6 +57,7 @@ import pandas as pd
 import tyro
 from flax import serialization
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -624,12 +625,15 @@ def make_train(config: Config):
         return jnp.float32(config.stddev_start + change * decayed)
 
     clip = optax.clip_by_global_norm(config.max_grad_norm)
-    # Flattened to one vector: fewer kernels to compile and to run.
-    radam = optax.flatten(optax.chain(clip, optax.scale_by_radam()))
+    radam = optax.chain(clip, optax.scale_by_radam())
     # Gradients of actor and critics are clipped separately.
     optimizer = optax.partition(
         {"actor": radam, "critics": radam}, {"actor": "actor", "critics": "critics"}
     )
+
+    def flatten(networks):
+        """The parameters or gradients of actor and critics as a vector each."""
+        return {name: ravel_pytree(x)[0] for name, x in networks.items()}
 
     def init(key):
         key, actor_key, critics_key, reset_key, random_key = jax.random.split(key, 5)
@@ -642,7 +646,7 @@ def make_train(config: Config):
         }
         return TrainState(
             networks,
-            optimizer.init(networks),
+            optimizer.init(flatten(networks)),
             # So that the first update, too, learns from normalised observations.
             random_statistics(env, random_key, config.num_envs, config.num_steps),
             Statistics(*jnp.array([0, 1, 0], jnp.float32)),
@@ -712,13 +716,8 @@ def make_train(config: Config):
         limits = config.penalty_threshold, config.penalty_coef
         penalty = proximity_penalty(new_action, old_action, *limits)
         policy_loss = penalty.mean() - q
-        return td_loss + policy_loss, {
-            "losses/td_loss": td_loss,
-            "losses/q_values": values.mean(),
-            "losses/policy_loss": policy_loss,
-            "losses/penalty": penalty.mean(),
-            "losses/penalty_ratio": (penalty > 0).mean(),
-        }
+        penalties = penalty.mean(), (penalty > 0).mean()
+        return td_loss + policy_loss, (td_loss, values.mean(), policy_loss, *penalties)
 
     def learn(state, rollout, key):
         rate = learning_rate(state.update)
@@ -727,25 +726,31 @@ def make_train(config: Config):
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
 
         def gradient_step(carry, index):
-            networks, opt_state = carry
+            params, opt_state = carry
             minibatch = jax.tree.map(lambda x: x[index], batch)
+            networks = {name: unflatten[name](x) for name, x in params.items()}
             grads, losses = jax.grad(loss, has_aux=True)(networks, *minibatch)
+            grads = flatten(grads)
             updates, opt_state = optimizer.update(grads, opt_state)
-            networks = optax.apply_updates(networks, optax.tree.scale(-rate, updates))
-            losses |= {"losses/grad_norm": optax.tree.norm(grads["critics"])}
-            losses |= {"losses/policy_grad_norm": optax.tree.norm(grads["actor"])}
-            return (networks, opt_state), losses
+            params = jax.tree.map(lambda x, update: x - rate * update, params, updates)
+            norms = optax.tree.norm(grads["critics"]), optax.tree.norm(grads["actor"])
+            return (params, opt_state), jnp.stack([*losses, *norms])
 
         # Sorting random bits gives a random permutation: one argsort shuffles for all epochs.
         bits = jax.random.bits(key, (config.num_epochs, config.batch_size), jnp.uint32)
         order = bits.argsort()
         minibatches = order.reshape(config.num_gradient_steps, -1)
-        carry = state.networks, state.opt_state
-        (networks, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
+        # While learning, the parameters are vectors: on a GPU, each array costs a launch a step.
+        unflatten = {name: ravel_pytree(x)[1] for name, x in state.networks.items()}
+        carry = flatten(state.networks), state.opt_state
+        (params, opt_state), losses = jax.lax.scan(gradient_step, carry, minibatches)
+        networks = {name: unflatten[name](x) for name, x in params.items()}
+        names = "td_loss", "q_values", "policy_loss", "penalty", "penalty_ratio", "grad_norm"
+        names = [f"losses/{name}" for name in (*names, "policy_grad_norm")]
         # Only now, so that old and new actions are of the same normalised observations.
         statistics = update_statistics(state.statistics, rollout.obs.reshape(config.batch_size, -1))
         state = state._replace(networks=networks, opt_state=opt_state, statistics=statistics)
-        return state, jax.tree.map(jnp.mean, losses)
+        return state, dict(zip(names, losses.mean(0), strict=True))
 
     def evaluate(state, key):
         """Mean return and length of eval_episodes greedy episodes."""

@@ -31,7 +31,7 @@ import tyro
 
 import common
 
-# Script, or peer and environment, and its flags.
+# Script, or peer and environment, and its flags. Physics would hide what an algorithm launches.
 PROGRAMS = [
     ("pqn_cartpole", ""),
     ("purejaxql", "CartPole-v1"),
@@ -42,9 +42,9 @@ PROGRAMS = [
     ("dqn_cartpole", ""),
     ("pqn_rnn_craftax", "--env-id MemoryChain-bsuite"),
     ("pqn_vdn_jaxmarl", ""),
-    ("pqn_continuous_action", ""),
-    ("ppo_continuous_action", ""),
-    ("pql_isaac_style", ""),
+    ("pqn_continuous_action", "--env-id Pendulum-v1"),
+    ("ppo_continuous_action", "--env-id Pendulum-v1"),
+    ("pql_isaac_style", "--env-id Pendulum-v1"),
 ]
 NO_LAUNCHES = {"kCommandBuffer", "kWhile", "kConditional", "kSequential", "kAsyncStart"}
 NO_LAUNCHES |= {"kAsyncDone", "kDynamicSlice", "kDynamicSliceFusion", "kWaitForStreams"}
