@@ -1,0 +1,75 @@
+"""Craftax-Classic as an environment of your own, for the scripts that train on gymnax.
+
+    python examples/craftax_in_gymnax.py dqn_cartpole --env-id Craftax-Classic --buffer-size 20000
+    python examples/craftax_in_gymnax.py pqn_cartpole --env-id Craftax-Classic
+
+The first word is a script, the others are its flags. What is written here is what gymnax asks for;
+its Environment resets, and keeps the last observation of an episode. In Craftax itself, an episode
+that reaches the time limit is reported as one that ended; here it is truncated.
+
+Generating a world costs as much as hundreds of steps, and under vmap gymnax computes a reset in
+every step. So worlds are generated once, and each episode starts in one of them, drawn at random.
+Everything that is random after the start, such as where creatures appear, differs each time.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import gymnax
+import jax
+from craftax.craftax_classic.envs.craftax_state import EnvParams
+from craftax.craftax_env import make_craftax_env_from_name
+from flax import struct
+from gymnax.environments.environment import Environment
+from gymnax.environments.spaces import Box, Discrete
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@struct.dataclass
+class Params(EnvParams):
+    """Craftax's own, and a time limit."""
+
+    max_timesteps: int = 2**31 - 1  # Craftax's limit, which would be reported as a death: never
+    max_steps_in_episode: int = 1000
+
+
+class CraftaxClassic(Environment):
+    """Craftax-Classic-Symbolic, terminated when the player dies and truncated at a time limit."""
+
+    default_params = Params()
+
+    def __init__(self, num_worlds: int = 1024):
+        self.game = make_craftax_env_from_name("Craftax-Classic-Symbolic-v1", auto_reset=False)
+
+        def generate(key):
+            return self.game.reset_env(key, self.default_params)
+
+        with jax.ensure_compile_time_eval():  # make_train may stand in a jit
+            keys = jax.random.split(jax.random.key(0), num_worlds)
+            self.starts = jax.jit(lambda: jax.lax.map(generate, keys))()
+
+    def reset_env(self, key, params):
+        number = jax.random.randint(key, (), 0, len(self.starts[0]))
+        return jax.tree.map(lambda x: x[number], self.starts)
+
+    def step_env(self, key, state, action, params):
+        obs, state, reward, is_dead, _ = self.game.step_env(key, state, action, params)
+        return obs, state, reward, is_dead, {"achievements": state.achievements}
+
+    def is_truncated(self, state, params):
+        return state.timestep >= params.max_steps_in_episode
+
+    def observation_space(self, params):
+        return Box(0, 1, self.game.observation_space(params).shape)
+
+    def action_space(self, params):
+        return Discrete(self.game.num_actions)
+
+
+gymnax.register("Craftax-Classic", CraftaxClassic)
+
+if __name__ == "__main__":
+    script = importlib.import_module(sys.argv[1])
+    script.main(script.parse_args(sys.argv[2:]))
