@@ -1,15 +1,15 @@
 """Craftax-Classic as an environment of your own, for the scripts that train on gymnax.
 
-    python examples/craftax_in_gymnax.py dqn_cartpole --env-id Craftax-Classic --buffer-size 20000
-    python examples/craftax_in_gymnax.py pqn_cartpole --env-id Craftax-Classic
+    python examples/craftax_in_gymnax.py dqn_cartpole --env-id Craftax-Classic --eval-interval 0
+    python examples/craftax_in_gymnax.py pqn_cartpole --env-id Craftax-Classic --eval-interval 0
 
-The first word is a script, the others are its flags. What is written here is what gymnax asks for;
-its Environment resets, and keeps the last observation of an episode. In Craftax itself, an episode
-that reaches the time limit is reported as one that ended; here it is truncated.
+The first word is a script, the others are its flags. gymnax's Environment does the resets, and
+keeps an episode's last observation. Craftax reports its time limit as if the player had died; here
+an episode is truncated by a limit of its own, and terminated only by a death.
 
-Generating a world costs as much as hundreds of steps, and under vmap gymnax computes a reset in
-every step. So worlds are generated once, and each episode starts in one of them, drawn at random.
-Everything that is random after the start, such as where creatures appear, differs each time.
+Generating a world takes as long as more than ten steps, and under vmap gymnax computes a reset in
+every step. So worlds are generated once, and each episode starts in one of them, drawn at random;
+what happens after the start, such as where creatures appear, is random as ever.
 """
 
 import importlib
@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 @struct.dataclass
 class Params(EnvParams):
-    """Craftax's own, and a time limit."""
+    """Craftax's parameters, and the time limit."""
 
-    max_timesteps: int = 2**31 - 1  # Craftax's limit, which would be reported as a death: never
+    max_timesteps: int = 2**31 - 1  # Craftax's own, never reached: it would look like a death
     max_steps_in_episode: int = 1000
 
 
@@ -71,5 +71,7 @@ class CraftaxClassic(Environment):
 gymnax.register("Craftax-Classic", CraftaxClassic)
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     script = importlib.import_module(sys.argv[1])
     script.main(script.parse_args(sys.argv[2:]))
