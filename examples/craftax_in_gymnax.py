@@ -46,7 +46,7 @@ class CraftaxClassic(Environment):
         def generate(key):
             return self.game.reset_env(key, self.default_params)
 
-        with jax.ensure_compile_time_eval():  # make_train may stand in a jit
+        with jax.ensure_compile_time_eval():  # make_train may stand in a jit or vmap
             keys = jax.random.split(jax.random.key(0), num_worlds)
             self.starts = jax.jit(lambda: jax.lax.map(generate, keys))()
 

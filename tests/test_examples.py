@@ -268,6 +268,10 @@ def test_craftax_in_gymnax(monkeypatch):
 
     dqn = importlib.import_module("dqn_cartpole")
     config = dqn.Config(**SCRIPTS["dqn_cartpole"] | {"env_id": "Craftax-Classic"})
-    # make_train under a trace: the worlds are arrays all the same.
-    state = jax.eval_shape(lambda key: dqn.make_train(config).init(key), jax.random.key(0))
+
+    def init(key):  # make_train may stand in a jit: the worlds are constants there, too
+        assert not isinstance(dqn.make_env("Craftax-Classic")[0].starts[0], jax.core.Tracer)
+        return dqn.make_train(config).init(key)
+
+    state = jax.eval_shape(init, jax.random.key(0))
     assert state.replay.obs.shape == (25, 4, 1345)
