@@ -14,6 +14,7 @@ from conftest import ROOT, SCRIPTS, flags
 sys.path.insert(0, str(ROOT / "benchmarks" / "studies"))
 import common
 import curves
+import equal_seconds
 import gpu
 import gpu_launches
 import pictures
@@ -121,6 +122,23 @@ def test_curves_in_turns(in_process):
         for same in ("command", "returns"):
             assert own[same] == results[1][label][same]
         assert own["steps_per_second"] == pytest.approx(2 * 384 / own["run_seconds"])
+
+
+def test_equal_seconds(in_process):
+    """Every seed learns until the seconds are over, from its own key; only DQN has a replay."""
+    dqn = "dqn_cartpole --total-timesteps 1e6 --eval-interval 0 --buffer-size 100 --batch-size 8"
+    curve = (f"DQN={dqn} --target-interval 8", "PQN=pqn_cartpole --num-steps 8 --hidden-size 8")
+    options = {"num_seeds": 2, "seconds": 2, "points": 2}
+    equal_seconds.main("sweep", curve=curve, out=in_process, **options)
+    study = load(in_process)
+    with_replay, without = study["curves"].values()
+    assert with_replay["replay_bytes"] == 100 * (2 * 4 * 4 + 9) and without["replay_bytes"] == 0
+    for own in study["curves"].values():
+        assert own["seconds"] == [1, 2] and 0 < own["global_step"][0] < own["global_step"][1]
+        assert np.isfinite(own["returns"]).all() and np.shape(own["returns"]) == (2, 2)
+        assert own["returns"][0] != own["returns"][1]
+    assert pictures.x_values(without, "seconds of a seed").tolist() == [1, 2]
+    assert in_process.with_name("study_steps.png").exists()
 
 
 def test_speed(tmp_path, monkeypatch):

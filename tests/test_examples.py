@@ -227,3 +227,51 @@ def test_quickstart(tmp_path, monkeypatch):
     matplotlib.use("agg")
     exec(text, {})
     assert Path("cartpole.gif").exists()
+
+
+def test_craftax_in_gymnax(monkeypatch):
+    """Craftax's own steps; truncated at the limit, terminated by a death, reset by gymnax."""
+    example = importlib.import_module("craftax_in_gymnax")
+    monkeypatch.setattr(example.CraftaxClassic.__init__, "__defaults__", (2,))  # worlds
+    env, params = example.gymnax.make("Craftax-Classic")
+    name = "Craftax-Classic-Symbolic-v1"
+    craftax = example.make_craftax_env_from_name(name, auto_reset=False)
+
+    @jax.jit
+    def both_steps(key, state, action):
+        own_key, _ = jax.random.split(key)  # gymnax keeps the other for a reset
+        return env.step(key, state, action, params), craftax.step(own_key, state, action)
+
+    obs, state = env.reset(jax.random.key(0))
+    starts = np.asarray(env.starts[0])
+    assert (np.abs(starts - obs).sum(axis=1) == 0).any() and (starts[0] != starts[1]).any()
+    for t in range(8):
+        ours, theirs = both_steps(jax.random.key(t), state, t % 6)
+        same = jax.tree.map(lambda x, y: (x == y).all(), ours[:3], theirs[:3])  # also its key
+        assert jax.tree.all(same)
+        np.testing.assert_array_equal(ours[5]["final_observation"], ours[0])
+        assert not ours[3] and not ours[4]
+        state = ours[1]
+
+    limit = params.max_steps_in_episode
+    last = {"timestep": jnp.int32(limit - 1)}
+    late = {"timestep": jnp.int32(10_000)}  # Craftax's own limit, which is not used
+    dying = {"player_health": jnp.int32(0)}
+    for changes, ends in [(last, (0, 1)), (dying, (1, 0)), (late, (0, 1)), (dying | late, (1, 1))]:
+        ours, theirs = both_steps(jax.random.key(9), state.replace(**changes), 0)
+        obs, after, reward, *own_ends, info = ours
+        assert tuple(map(int, own_ends)) == ends
+        assert reward == theirs[2]
+        np.testing.assert_array_equal(info["final_observation"], theirs[0])
+        assert after.timestep == 0 and (obs == starts).all(axis=1).any()
+        assert (obs != theirs[0]).any()
+
+    dqn = importlib.import_module("dqn_cartpole")
+    config = dqn.Config(**SCRIPTS["dqn_cartpole"] | {"env_id": "Craftax-Classic"})
+
+    def init(key):  # make_train may stand in a jit: the worlds are constants there, too
+        assert not isinstance(dqn.make_env("Craftax-Classic")[0].starts[0], jax.core.Tracer)
+        return dqn.make_train(config).init(key)
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    assert state.replay.obs.shape == (25, 4, 1345)

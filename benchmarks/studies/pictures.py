@@ -120,6 +120,8 @@ def final_returns(study: dict, label: str) -> np.ndarray:
 
 def x_values(curve: dict, over: str) -> np.ndarray:
     """Steps of a seed, of an environment, or the seconds at which they were taken."""
+    if over == "seconds of a seed" and "seconds" in curve:  # measured, not steps at a mean speed
+        return np.array(curve["seconds"])
     steps = np.array(curve["global_step"], float)
     if over == "steps_per_env":
         return steps / curve["num_envs"]

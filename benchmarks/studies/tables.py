@@ -5,7 +5,7 @@
 What stands in a page between <!-- NAMES: KIND --> and <!-- end --> is made from the studies of
 these names. On lines of their own, marks hold a block: results (table, picture and made_by), table,
 picture, made_by (devices and commands), seconds, beside, ratios, achievements or launches. Within a
-sentence they hold a number: ratio, mean LABEL, or reach RETURN LABEL.
+sentence they hold a number: ratio, mean LABEL, replay LABEL, or reach RETURN LABEL.
 """
 
 import functools
@@ -301,6 +301,12 @@ def mean(studies: dict[str, dict], label: str) -> str:
     return number(value, 0 if abs(value) >= 100 else 2 if "rate" in study["metric"] else 1)
 
 
+def replay(studies: dict[str, dict], label: str) -> str:
+    """The memory of a curve's replay."""
+    (study,) = studies.values()
+    return f"{number(study['curves'][label]['replay_bytes'] / 1e6, 0)} MB"
+
+
 def reach(studies: dict[str, dict], text: str) -> str:
     """How many seeds of a curve end at a return or more."""
     (study,) = studies.values()
@@ -310,7 +316,7 @@ def reach(studies: dict[str, dict], text: str) -> str:
 
 
 BLOCKS = [results, table, picture, made_by, seconds, beside, ratios, achievements, launches]
-KINDS = {make.__name__: make for make in [*BLOCKS, ratio, mean, reach]}
+KINDS = {make.__name__: make for make in [*BLOCKS, ratio, mean, replay, reach]}
 
 
 def fill_mark(match: re.Match) -> str:
