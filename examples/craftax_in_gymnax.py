@@ -12,7 +12,7 @@ every step. So worlds are generated once, and each episode starts in one of them
 what happens after the start, such as where creatures appear, is random as ever.
 """
 
-import importlib
+import runpy
 import sys
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from craftax.craftax_env import make_craftax_env_from_name
 from flax import struct
 from gymnax.environments.environment import Environment
 from gymnax.environments.spaces import Box, Discrete
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 @struct.dataclass
@@ -70,8 +68,7 @@ class CraftaxClassic(Environment):
 
 gymnax.register("Craftax-Classic", CraftaxClassic)
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    script = importlib.import_module(sys.argv[1])
-    script.main(script.parse_args(sys.argv[2:]))
+if __name__ == "__main__":  # runs the script that is named first, with the other arguments
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.argv.pop(0)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
