@@ -18,7 +18,7 @@ SCRIPT_NAMES = [path.stem for path in ROOT.glob("*_*.py")]
 SCRIPTS_OF = {
     name: re.findall(r"\]\(\.\./(\w+)\.py\)", page.split("\n\n")[1]) for name, page in PAGES.items()
 }
-EXAMPLES = [name for name, page in PAGES.items() if name != "README.md" and "```python" in page]
+EXAMPLES = [name for name, page in PAGES.items() if "## Make it yours" in page]
 
 
 def anchors(page: str) -> set[str]:
