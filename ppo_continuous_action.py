@@ -1047,7 +1047,9 @@ def save(checkpoints, update: int, states, seconds: dict[str, float]) -> None:
     """Saves a checkpoint. Raises OSError if it cannot."""
     try:
         saved = checkpoints.save(update, args=ocp.args.StandardSave((states, seconds)))
-    except ValueError as error:  # tensorstore's, for a full disk
+    except ValueError as error:
+        if "OS error" not in str(error):  # tensorstore's words for a full disk
+            raise
         raise OSError(str(error)) from error
     if not saved:
         raise OSError(f"{checkpoints.directory} has a later checkpoint")

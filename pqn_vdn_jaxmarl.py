@@ -161,8 +161,8 @@ class Config:
     num_channels: int = 32
     """Channels per convolution."""
     memory_window: int | None = None
-    """Last steps of the rollout before that are learned from again, so that the GRU does not start
-    from a stale state; at most num_steps. Default: 4 on SMAX, 0 on Overcooked."""
+    """Last steps of the rollout before that are learned from again, on which the GRU refreshes its
+    stored state; at most num_steps. Default: 4 on SMAX, 0 on Overcooked."""
     loss_coef: float | None = None
     """Coefficient of the squared error. Default: 1 on SMAX, 0.5 on Overcooked."""
     bootstrap_on_truncation: bool = True
@@ -1048,7 +1048,9 @@ def save(checkpoints, update: int, states, seconds: dict[str, float]) -> None:
     """Saves a checkpoint. Raises OSError if it cannot."""
     try:
         saved = checkpoints.save(update, args=ocp.args.StandardSave((states, seconds)))
-    except ValueError as error:  # tensorstore's, for a full disk
+    except ValueError as error:
+        if "OS error" not in str(error):  # tensorstore's words for a full disk
+            raise
         raise OSError(str(error)) from error
     if not saved:
         raise OSError(f"{checkpoints.directory} has a later checkpoint")

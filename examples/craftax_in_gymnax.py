@@ -69,6 +69,8 @@ class CraftaxClassic(Environment):
 gymnax.register("Craftax-Classic", CraftaxClassic)
 
 if __name__ == "__main__":  # runs the script that is named first, with the other arguments
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.argv.pop(0)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

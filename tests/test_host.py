@@ -309,13 +309,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         run(script, [f"--runs-dir={tmp_path}"])
 
 
-def test_a_bug_while_training_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "record", raise_value_error)
+@pytest.mark.parametrize("part", ["record", "ocp.CheckpointManager.save"])
+def test_a_bug_while_training_keeps_its_traceback(monkeypatch, tmp_path, part):
+    """Also one while saving, which is not a full disk."""
+    monkeypatch.setattr(f"pqn_cartpole.{part}", raise_value_error)
     with pytest.raises(ValueError, match="a bug"):
         script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path)))
 
 
-def raise_value_error(*_):
+def raise_value_error(*_, **__):
     raise ValueError("a bug")
 
 

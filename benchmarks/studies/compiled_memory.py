@@ -20,7 +20,7 @@ import tyro
 import common
 from gpu_launches import H100, script_program
 
-# Script and flags. The defaults of the last three are published sizes.
+# Script and flags; the last two are at the papers' sizes, which take long to compile.
 PROGRAMS = [
     ("pqn_cartpole", ""),
     ("pqn_minatar", ""),

@@ -114,8 +114,9 @@ def final_returns(study: dict, label: str) -> np.ndarray:
     if "returns" not in curve:
         return np.array(curve["final"])
     returns, steps = np.array(curve["returns"], float), np.array(curve["global_step"])
-    since = 0.9 * steps[-1] if study["metric"].startswith("charts") else steps[-2]
-    return np.nanmean(returns[:, steps > since], axis=1)
+    is_training = study["metric"].startswith("charts")
+    counted = steps > 0.9 * steps[-1] if is_training else steps == steps[-1]
+    return np.nanmean(returns[:, counted], axis=1)
 
 
 def x_values(curve: dict, over: str) -> np.ndarray:

@@ -51,6 +51,8 @@ for env_id in navix.registry():
     gymnax.register(env_id, functools.partial(Navix, env_id))
 
 if __name__ == "__main__":  # runs the script that is named first, with the other arguments
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.argv.pop(0)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
