@@ -956,6 +956,8 @@ SCRIPT = Path(__file__)
 THREADED_BATCH = 256
 # Flags that may change on --resume, as they do not affect the results.
 FREE_FLAGS = "distributed checkpoint_interval wandb_mode wandb_project wandb_entity wandb_tags"
+# The returns that are drawn and summarised.
+RETURNS = {"charts": "while exploring", "eval": "greedy"}
 
 
 def say(message: str) -> None:
@@ -1200,7 +1202,7 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     # Means over 200 bins of steps keep long runs readable.
     bins = table["global_step"] * 200 // table["global_step"].iloc[-1]
-    for kind, label in {"charts": "while exploring", "eval": "greedy"}.items():
+    for kind, label in RETURNS.items():
         name = f"{kind}/episodic_return"
         if name not in table or table[name].isna().all():
             continue
@@ -1245,18 +1247,6 @@ def find_run(config: Config) -> tuple[Path, int]:
     return folder.parent, max(updates)
 
 
-def save(checkpoints, update: int, states, seconds: dict[str, float]) -> None:
-    """Saves a checkpoint. Raises OSError if it cannot."""
-    try:
-        saved = checkpoints.save(update, args=ocp.args.StandardSave((states, seconds)))
-    except ValueError as error:
-        if "OS error" not in str(error):  # tensorstore's words for a full disk
-            raise
-        raise OSError(str(error)) from error
-    if not saved:
-        raise OSError(f"{checkpoints.directory} has a later checkpoint")
-
-
 def main(config: Config, signals: Sequence[int] = ()) -> Path:
     """Trains until the end, or until a signal's number is in signals; returns the run folder."""
     mesh, is_first = start_devices(config), jax.process_index() == 0
@@ -1267,8 +1257,9 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     title = f"{config.env_id}, {config.num_seeds} seed{'s'[: config.num_seeds - 1]} on {device}"
     say(f"{SCRIPT.stem}: {title}, in {run_dir}; compiling takes seconds to a minute")
+    train = make_train(config)
     started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
-    init, run_chunk = make_programs(config, make_train(config), mesh)
+    init, run_chunk = make_programs(config, train, mesh)
     lock, wandb_runs, checkpoints = start_run(config, run_dir)
     seeds = config.seed + np.arange(config.num_seeds)
     shapes = init.eval_shape(seeds)
@@ -1302,12 +1293,12 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
                 unrecorded = unrecorded and record(config, run_dir, bar, unrecorded)
                 seconds["run_seconds"] += time.monotonic() - saved_at
                 saved_at = time.monotonic()
-                save(checkpoints, update, states, seconds)
+                checkpoints.save(update, args=ocp.args.StandardSave((states, seconds)), force=True)
                 log_wandb(run_dir, wandb_runs)
         params = multihost_utils.process_allgather(states.params, tiled=True)
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
-    except (KeyboardInterrupt, OSError):
+    except BaseException:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
     finally:
@@ -1345,7 +1336,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         os._exit(128 + received[0])  # an ordinary exit would wait for the running chunk
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not str(error).startswith("--"):
+        # A full disk is a ValueError of tensorstore.
+        if isinstance(error, ValueError) and not re.match("--|.*OS error", str(error), re.DOTALL):
             raise  # a bug
         print(f"{SCRIPT.name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -58,13 +58,16 @@ def make_program(script, config, names: list[str], metric: str, mesh: Mesh):
 
 def train_all(program, values: np.ndarray, seeds: np.ndarray, agents_per_call: int) -> np.ndarray:
     """Returns [agents] of agents with values [agents, ...] and seeds [agents], with a bar."""
-    results = []
+    results, told_at = [], time.monotonic()
     with tqdm(total=len(seeds), unit=" agents", disable=None) as bar:
         for first in range(0, len(seeds), agents_per_call):
             # The last call is filled up with the first agents, so that all have one shape.
             index = np.arange(first, first + agents_per_call) % len(seeds)
             results.append(np.asarray(program(values[index], seeds[index])))
             bar.update(min(agents_per_call, len(seeds) - first))
+            if bar.disable and time.monotonic() - told_at >= 30:  # no terminal: a line now and then
+                told_at = time.monotonic()
+                print(f"{len(seeds[: first + agents_per_call])} of {len(seeds)} agents", flush=True)
     return np.concatenate(results)[: len(seeds)]
 
 

@@ -291,7 +291,7 @@ def test_play(tmp_path, monkeypatch, capsys):
     flags = ["--total-timesteps=32", "--eval-steps=100", "--noop-max=0", f"--runs-dir={tmp_path}"]
     folder = atari.main(atari.parse_args([*tiny_flags("pqn_atari"), *flags]))
     own = pd.read_csv(folder / "metrics.csv")["eval/episodic_return"].iloc[-1]
-    capsys.readouterr()
+    assert f"greedy (games cut at --eval-steps) {own:.1f}" in capsys.readouterr().out
     play.main(folder, num_episodes=2)
     assert f"return {own:.1f} ± 0.0 " in capsys.readouterr().out
     assert own < 0 and (folder / "policy.gif").exists()

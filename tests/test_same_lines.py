@@ -28,6 +28,7 @@ VARIANTS = {
     "main": {"pqn_atari"},  # new games
     "start_devices": {"pqn_rnn_craftax"},  # environments over devices
     "THREADED_BATCH": {"pql_isaac_style", "pqn_atari"},  # measured
+    "RETURNS": {"pqn_atari"},  # evaluations that end before the games
 }
 RULE = "# --- Running it: not needed to copy the algorithm"
 

@@ -90,11 +90,11 @@ def wandb_history(path):
     return run, history
 
 
-# Their programs differ between the seeds and train.
-PROGRAMS = ["pqn_cartpole", "pqn_rnn_craftax"]
+# Those whose part that runs them has lines of its own (test_same_lines.py).
+OWN_LINES = ["pqn_cartpole", "pqn_rnn_craftax", "dqn_cartpole", "pql_isaac_style"]
 
 
-@pytest.mark.parametrize("command", PURE, indirect=True)
+@pytest.mark.parametrize("command", OWN_LINES, indirect=True)
 def test_journey(command, monkeypatch):
     """Run, kill, resume: the files of a run that was left alone, and wandb has what they have."""
     cache = command.folder / "cache"
@@ -108,11 +108,8 @@ def test_journey(command, monkeypatch):
     process.communicate()
     folder, saved = run_folder(command), checkpoints(command)
     assert not (folder / "metadata.json").exists(), "it was finished before it was killed"
-    output, errors = finish(command(f"--resume={folder}", "--checkpoint-interval=1", tiny=False))
-    first_line = errors.splitlines()[0]
-    assert all(word in first_line for word in (command.script, "2 seeds on", str(folder.name)))
-    assert "warning" not in (output + errors).lower() and "\r" not in errors
-    assert "steps/s" in output and "greedy" in output
+    told = finish(command(f"--resume={folder}", "--checkpoint-interval=1", tiny=False))
+    check_words(command, folder, *told)
     assert {path.name for path in folder.iterdir()} == FILES | {"wandb"}
     check_files(command, folder)
     check_wandb(folder, 8 * warmup(command.script) + STEPS * max(map(int, saved)))
@@ -120,12 +117,12 @@ def test_journey(command, monkeypatch):
     programs = [path.name for path in cache.glob("jit_*-cache")]
     assert sum(name.startswith(("jit_init-", "jit_run_chunk-")) for name in programs) == 2
 
-    if command.script in PROGRAMS:
+    if command.script in ("pqn_cartpole", "pqn_rnn_craftax"):  # seeds and environments on devices
         finish(command(*flags, "--runs-dir=whole"))
         whole = run_folder(command, "whole")
         assert {path.name for path in whole.iterdir()} == FILES
         assert results(folder) == results(whole)
-    if command.script == PROGRAMS[0]:  # a seed does not depend on those beside it
+    if command.script == "pqn_cartpole":  # a seed does not depend on those beside it
         script = importlib.import_module(command.script)
         arguments = [*tiny_flags(command.script), *long_run(command.script)]
         arguments += ["--num-seeds=1", "--seed=6", "--runs-dir", str(command.folder / "alone")]
@@ -133,6 +130,23 @@ def test_journey(command, monkeypatch):
         together = [row for row in read_rows(whole) if row["seed"] == "6"][:12]
         tables = [[[*map(float, row.values())] for row in rows] for rows in (alone, together)]
         np.testing.assert_allclose(*tables, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", sorted(set(PURE) - set(OWN_LINES)), indirect=True)
+def test_run(command):
+    """From start to end; their checkpoints are in test_train.py."""
+    told = finish(command(*long_run(command.script), "--seed=5"))
+    folder = run_folder(command)
+    check_words(command, folder, *told)
+    assert {path.name for path in folder.iterdir()} == FILES
+    check_files(command, folder)
+
+
+def check_words(command, folder, output, errors):
+    first_line = errors.splitlines()[0]
+    assert all(word in first_line for word in (command.script, "2 seeds on", str(folder.name)))
+    assert "warning" not in (output + errors).lower() and "\r" not in errors
+    assert "steps/s" in output and "greedy" in output
 
 
 def check_files(command, folder):

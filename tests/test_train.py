@@ -6,6 +6,7 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import EXACT, PURE, floats, only, warmup
 from flax import struct
@@ -108,6 +109,21 @@ def test_chunks_equal_one_run(run, chunks):
     parts = [metrics for _, metrics in chunks[:3]]
     assert_equal(
         (chunks[2][0], jax.tree.map(lambda *x: jnp.concatenate(x), *parts)), (state, metrics)
+    )
+
+
+@pytest.mark.parametrize("script", PURE, indirect=True)
+def test_checkpoint_is_the_state(chunks, tmp_path):
+    """Every leaf and its type: what is trained after it is the same."""
+    state, seconds = chunks[1][0], {"run_seconds": 1.5}
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(8, args=ocp.args.StandardSave((state, seconds)))
+    shapes = jax.eval_shape(lambda: (state, seconds))
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        saved = checkpoints.restore(8, args=ocp.args.StandardRestore(shapes))
+    assert_equal(saved, (state, seconds))
+    assert jax.tree.map(lambda x: jnp.asarray(x).dtype, saved[0]) == jax.tree.map(
+        lambda x: x.dtype, state
     )
 
 
