@@ -152,11 +152,11 @@ def test_other_algorithms(algorithm, name):
         assert np.isfinite(metrics[f"losses/{loss}"]).all()
     _, others = run(3 * getattr(config, name))
     assert (metrics["losses/td_loss"] != others["losses/td_loss"]).any()
-    units = {"pql_d": ("critic", "MLP_0", 51), "sac_n": ("policy", None, 2)}
-    network, inner, num_outputs = units[algorithm]
+    units = {"pql_d": ("critic", "MLP", (2, 16, 51)), "sac_n": ("policy", None, (16, 2))}
+    network, inner, shape = units[algorithm]
     params = state.params[network]["params"]
     params = params[inner] if inner else params
-    assert params["Dense_1"]["kernel"].shape == (16, num_outputs)
+    assert params["Dense_1"]["kernel"].shape == shape
 
 
 def test_defaults_by_algorithm_and_task():
