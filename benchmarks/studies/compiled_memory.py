@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from typing import Literal
 
 import tyro
@@ -37,13 +36,12 @@ PROGRAMS = [
 
 
 def compile_one(name: str, flags: str, num_seeds: str, device: str) -> None:
-    """Compiles one program and prints its memory in MiB and the seconds that it took."""
+    """Compiles one program and prints its memory in MiB."""
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    started = time.monotonic()
     if device == "h100":
         topology = topologies.get_topology_desc(
             "h100", "cuda", topology="1x1x1", target_config=H100
@@ -57,8 +55,7 @@ def compile_one(name: str, flags: str, num_seeds: str, device: str) -> None:
     memory = jitted.lower(*shapes).compile().memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
-    seconds = round(time.monotonic() - started, 1)
-    print(json.dumps({"mib": round(used / 2**20, 1), "compile_seconds": seconds}))
+    print(json.dumps({"mib": round(used / 2**20, 1)}))
 
 
 def main(

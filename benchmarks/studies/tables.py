@@ -4,8 +4,9 @@
 
 What stands in a page between <!-- NAMES: KIND --> and <!-- end --> is made from the studies of
 these names. On lines of their own, marks hold a block: results (table, picture and made_by), table,
-picture, made_by (devices and commands), seconds, beside, ratios, achievements or launches. Within a
-sentence they hold a number: ratio, mean LABEL, replay LABEL, or reach RETURN LABEL.
+picture, made_by (devices and commands), seconds, beside, ratios, achievements, launches or
+compiled. Within a sentence they hold a number: ratio, mean LABEL, replay LABEL, or reach RETURN
+LABEL.
 """
 
 import functools
@@ -287,6 +288,18 @@ def launches(studies: dict[str, dict]) -> str:
     return "\n\n".join([made, versions, commands(studies)])
 
 
+def compiled(studies: dict[str, dict]) -> str:
+    """The memory of programs on devices for which they were compiled, for one seed."""
+    (study,) = studies.values()
+    rows = [
+        [f"`{title}`", *(f"{by_seeds['1'][device]['mib']:,.0f}" for device in ("h100", "v5e"))]
+        for title, by_seeds in study["memory"].items()
+    ]
+    versions = f"Compiled by jax {study['versions']['jax']}; nothing was run."
+    made = markdown(["program", "H100, MiB", "TPU v5e, MiB"], rows)
+    return "\n\n".join([made, versions, commands(studies)])
+
+
 def ratio(studies: dict[str, dict]) -> str:
     """Our steps per second over the peer's."""
     (study,) = studies.values()
@@ -315,7 +328,8 @@ def reach(studies: dict[str, dict], text: str) -> str:
     return f"{(final >= float(least)).sum()} of {len(final)}"
 
 
-BLOCKS = [results, table, picture, made_by, seconds, beside, ratios, achievements, launches]
+BLOCKS = [results, table, picture, made_by, seconds, beside, ratios, achievements]
+BLOCKS += [launches, compiled]
 KINDS = {make.__name__: make for make in [*BLOCKS, ratio, mean, replay, reach]}
 
 
