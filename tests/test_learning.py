@@ -27,7 +27,7 @@ def test_solves_cartpole(name):
 
 
 def test_solves_pendulum():
-    """A random policy returns about -1200; at this step all of ten seeds were above -175."""
+    """A random policy returns about -1200; at this step all of eight seeds were above -165."""
     script = importlib.import_module("pql_isaac_style")
     sizes = {
         "num_envs": 128,
@@ -39,8 +39,8 @@ def test_solves_pendulum():
     settings = {
         "learning_rate": 1e-3,
         "reward_scale": 0.1,
-        "total_timesteps": 36_864,
-        "eval_interval": 8,
+        "total_timesteps": 53_248,
+        "eval_interval": 12,
     }
     config = script.Config(env_id="Pendulum-v1", **sizes, **settings)
     _, metrics = jax.jit(script.make_train(config), compiler_options=WELL)(jax.random.key(0))
