@@ -107,8 +107,8 @@ def main(
         grid: Two fields of its Config with the values to try, as learning_rate=1e-4,1e-3.
         flags: Flags of the script for all agents, such as "--total-timesteps 1e5".
         num_seeds: Seeds per setting, the same for all; at least 2.
-        metric: Column whose mean over the last tenth of training ranks the settings. Where exploring
-            costs return, as with PQL, take eval/episodic_return.
+        metric: Column whose mean over the last tenth of training ranks the settings. Where
+            exploring costs return, as with PQL, take eval/episodic_return.
         max_per_device: At most this many agents at once on a GPU or TPU.
         out: Where the table and the picture go, without suffix.
     """
