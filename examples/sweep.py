@@ -67,7 +67,8 @@ def train_all(program, values: np.ndarray, seeds: np.ndarray, agents_per_call: i
             bar.update(min(agents_per_call, len(seeds) - first))
             if bar.disable and time.monotonic() - told_at >= 30:  # no terminal: a line now and then
                 told_at = time.monotonic()
-                print(f"{len(seeds[: first + agents_per_call])} of {len(seeds)} agents", flush=True)
+                told = f"{len(seeds[: first + agents_per_call])} of {len(seeds)} agents"
+                print(told, file=sys.stderr)
     return np.concatenate(results)[: len(seeds)]
 
 
