@@ -1151,10 +1151,9 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
     """Sends wandb the rows that it lacks; if that fails, training goes on without it."""
     if not runs:
         return
-    step = run_dir / "wandb" / "step"  # the last one that was sent
-    new_step = step.with_suffix(".new")  # renamed when written, so that a kill leaves a whole one
     rows = pd.read_csv(run_dir / "metrics.csv").drop(columns="seed")
-    rows = rows[rows["global_step"] > (int(step.read_text()) if step.exists() else 0)]
+    # A resumed run has the last step of wandb's server; offline, it starts with none.
+    rows = rows[rows["global_step"] > min(run.step for run in runs)]
     if len(runs) == 1:  # one seed, or the mean of many, and the deviation where they differ
         seeds = rows.groupby("global_step")
         stds = seeds.std().replace(0, np.nan).add_suffix("_std")
@@ -1163,8 +1162,6 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
         for i, row in enumerate(rows.to_dict("records")):
             measured = {name: value for name, value in row.items() if not np.isnan(value)}
             runs[i % len(runs)].log(measured, step=int(row["global_step"]))
-            new_step.write_text(str(int(row["global_step"])))
-            new_step.replace(step)
         for run in runs if exit_code is not None else ():
             run.finish(exit_code)
     except Exception as error:  # errors of wandb's service share no class

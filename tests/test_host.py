@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import gymnax
 import jax.numpy as jnp
@@ -203,7 +202,6 @@ def test_wandb_ids_are_those_of_the_first_start(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, runs_dir=str(tmp_path / "runs"), wandb_mode="offline")
     folder = script.main(config)
     (folder / "metadata.json").unlink()
-    (folder / "wandb" / "step").unlink()
     monkeypatch.chdir(folder.rename(tmp_path / "renamed"))
     resume(".", "--wandb-mode=offline")
     runs = [
@@ -214,23 +212,31 @@ def test_wandb_ids_are_those_of_the_first_start(tmp_path, monkeypatch):
     assert len(runs) == 2
 
 
-def test_killed_while_it_notes_what_wandb_has(tmp_path, monkeypatch):
-    def killed(path, text):
-        write_text(path, "" if path.name.startswith("step") else text)
-        if path.name.startswith("step"):
-            raise KeyboardInterrupt
+class Wandb:
+    """A run whose server has the steps up to one."""
 
-    write_text = Path.write_text
-    monkeypatch.setattr(Path, "write_text", killed)
-    config = dataclasses.replace(TINY, runs_dir=str(tmp_path), wandb_mode="offline")
-    with pytest.raises(KeyboardInterrupt):
-        script.main(config)
-    monkeypatch.undo()
-    sys.modules["wandb"].teardown()  # as the end of the process does
-    (folder,) = tmp_path.iterdir()
-    resume(folder)
-    histories = [wandb_history(path)[1] for path in folder.glob("wandb/*/run-*.wandb")]
-    assert 12 in map(len, histories)
+    def __init__(self, step):
+        self.step, self.logged, self.exit_code = step, [], None
+
+    def log(self, row, step):
+        if step > self.step:  # as wandb, which ignores the others
+            self.step = step
+            self.logged.append(row)
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+def test_wandb_gets_what_its_server_lacks(tmp_path):
+    """Of rows that were sent, a kill can lose the last ones, of each seed others."""
+    table = {"seed": [0, 1] * 3, "global_step": [32, 32, 64, 64, 96, 96], "a": range(6)}
+    pd.DataFrame(table).to_csv(tmp_path / "metrics.csv", index=False)
+    runs = [Wandb(0), Wandb(64)]
+    script.log_wandb(tmp_path, runs)
+    assert [[row["a"] for row in run.logged] for run in runs] == [[0, 2, 4], [5]]
+    script.log_wandb(tmp_path, runs, exit_code=143)
+    assert [len(run.logged) for run in runs] == [3, 1]
+    assert [run.exit_code for run in runs] == [143, 143]
 
 
 def test_in_a_thread(tmp_path):
