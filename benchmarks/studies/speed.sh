@@ -60,3 +60,20 @@ python benchmarks/studies/speed.py dqn_cartpole --out benchmarks/results/dqn_spe
 python benchmarks/studies/speed.py dqn_cartpole --out benchmarks/results/dqn_speed_8_seeds \
     --flags="--num-seeds 8 --total-timesteps 2e5 --eval-interval 0" \
     --peer 'PureJaxRL=$PUREJAXRL benchmarks/studies/peers/purejaxrl.py dqn --num-seeds 8 --total-timesteps 200000'
+
+# The same later, on another machine.
+python benchmarks/studies/speed.py pqn_cartpole --out benchmarks/results/pqn_speed_1_seed_epyc --repeats 3 \
+    --flags="--eval-interval 0" \
+    --peer 'PureJaxQL=$PUREJAXQL benchmarks/studies/peers/purejaxql_pqn.py'
+
+python benchmarks/studies/speed.py pqn_minatar --out benchmarks/results/minatar_speed_1_seed_epyc --repeats 2 \
+    --flags="--total-timesteps 2e5 --eval-interval 0" \
+    --peer 'PureJaxQL=$PUREJAXQL benchmarks/studies/peers/purejaxql_pqn.py --env-id Breakout-MinAtar --total-timesteps 200000'
+
+python benchmarks/studies/speed.py ppo_cartpole --out benchmarks/results/ppo_speed_1_seed_epyc --repeats 3 \
+    --flags="--eval-interval 0" \
+    --peer 'PureJaxRL=$PUREJAXRL benchmarks/studies/peers/purejaxrl.py ppo'
+
+python benchmarks/studies/speed.py dqn_cartpole --out benchmarks/results/dqn_speed_1_seed_epyc --repeats 3 \
+    --flags="--eval-interval 0" \
+    --peer 'PureJaxRL=$PUREJAXRL benchmarks/studies/peers/purejaxrl.py dqn'
