@@ -77,3 +77,15 @@ python benchmarks/studies/speed.py ppo_cartpole --out benchmarks/results/ppo_spe
 python benchmarks/studies/speed.py dqn_cartpole --out benchmarks/results/dqn_speed_1_seed_epyc --repeats 3 \
     --flags="--eval-interval 0" \
     --peer 'PureJaxRL=$PUREJAXRL benchmarks/studies/peers/purejaxrl.py dqn'
+
+python benchmarks/studies/speed.py pqn_cartpole --out benchmarks/results/pqn_speed_8_seeds_epyc --repeats 2 \
+    --flags="--num-seeds 8 --total-timesteps 2e5 --eval-interval 0" \
+    --peer 'PureJaxQL=$PUREJAXQL benchmarks/studies/peers/purejaxql_pqn.py --num-seeds 8 --total-timesteps 200000'
+
+python benchmarks/studies/speed.py ppo_cartpole --out benchmarks/results/ppo_speed_8_seeds_epyc --repeats 2 \
+    --flags="--num-seeds 8 --eval-interval 0" \
+    --peer 'PureJaxRL=$PUREJAXRL benchmarks/studies/peers/purejaxrl.py ppo --num-seeds 8'
+
+python benchmarks/studies/speed.py dqn_cartpole --out benchmarks/results/dqn_speed_8_seeds_epyc --repeats 2 \
+    --flags="--num-seeds 8 --total-timesteps 2e5 --eval-interval 0" \
+    --peer 'PureJaxRL=$PUREJAXRL benchmarks/studies/peers/purejaxrl.py dqn --num-seeds 8 --total-timesteps 200000'
