@@ -726,13 +726,13 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
     if not runs:
         return
     rows = pd.read_csv(run_dir / "metrics.csv").drop(columns="seed")
-    # A resumed run has the last step of wandb's server; offline, it starts with none.
-    rows = rows[rows["global_step"] > min(run.step for run in runs)]
-    if len(runs) == 1:  # one seed, or the mean of many, and the deviation where they differ
-        seeds = rows.groupby("global_step")
-        stds = seeds.std().replace(0, np.nan).add_suffix("_std")
-        rows = seeds.mean().join(stds).reset_index()
     try:
+        # From the step on that a run takes next: offline, a resumed one begins again with all rows.
+        rows = rows[rows["global_step"] >= min(run.step for run in runs)]
+        if len(runs) == 1:  # one seed, or the mean of many, and the deviation where they differ
+            seeds = rows.groupby("global_step")
+            stds = seeds.std().replace(0, np.nan).add_suffix("_std")
+            rows = seeds.mean().join(stds).reset_index()
         for i, row in enumerate(rows.to_dict("records")):
             measured = {name: value for name, value in row.items() if not np.isnan(value)}
             runs[i % len(runs)].log(measured, step=int(row["global_step"]))

@@ -213,15 +213,16 @@ def test_wandb_ids_are_those_of_the_first_start(tmp_path, monkeypatch):
 
 
 class Wandb:
-    """A run whose server has the steps up to one."""
+    """A run whose next step is this one or a later one, as wandb counts."""
 
     def __init__(self, step):
-        self.step, self.logged, self.exit_code = step, [], None
+        self.step, self.rows, self.calls, self.exit_code = step, {}, 0, None
 
     def log(self, row, step):
-        if step > self.step:  # as wandb, which ignores the others
+        self.calls += 1
+        if step >= self.step:  # wandb ignores the others, and takes a step's rows as one
             self.step = step
-            self.logged.append(row)
+            self.rows[step] = row["a"]
 
     def finish(self, exit_code):
         self.exit_code = exit_code
@@ -229,14 +230,28 @@ class Wandb:
 
 def test_wandb_gets_what_its_server_lacks(tmp_path):
     """Of rows that were sent, a kill can lose the last ones, of each seed others."""
-    table = {"seed": [0, 1] * 3, "global_step": [32, 32, 64, 64, 96, 96], "a": range(6)}
+    table = {"seed": [0, 1] * 3, "global_step": [1, 1, 2, 2, 3, 3], "a": range(6)}
     pd.DataFrame(table).to_csv(tmp_path / "metrics.csv", index=False)
-    runs = [Wandb(0), Wandb(64)]
+    runs = [Wandb(0), Wandb(3)]
+    for exit_code in (None, 143):
+        script.log_wandb(tmp_path, runs, exit_code)
+        assert [run.rows for run in runs] == [{1: 0, 2: 2, 3: 4}, {3: 5}]
+        assert [run.exit_code for run in runs] == [exit_code] * 2
+    assert [run.calls for run in runs] == [3 + 1] * 2  # not all rows each time
+
+
+def test_wandb_that_does_not_answer(tmp_path, capsys):
+    """Its step is a question to its service, which may be gone: training goes on."""
+
+    class Gone:
+        @property
+        def step(self):
+            raise ConnectionError("the service is gone")
+
+    pd.DataFrame({"seed": [0], "global_step": [32]}).to_csv(tmp_path / "metrics.csv", index=False)
+    runs = [Gone()]
     script.log_wandb(tmp_path, runs)
-    assert [[row["a"] for row in run.logged] for run in runs] == [[0, 2, 4], [5]]
-    script.log_wandb(tmp_path, runs, exit_code=143)
-    assert [len(run.logged) for run in runs] == [3, 1]
-    assert [run.exit_code for run in runs] == [143, 143]
+    assert runs == [] and "the service is gone; training goes on" in capsys.readouterr().err
 
 
 def test_in_a_thread(tmp_path):

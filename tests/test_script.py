@@ -237,7 +237,9 @@ def test_stopped_by_a_scheduler(command):
     (folder / "config.json").write_text(json.dumps(config))
     finish(command(f"--resume={folder}", "--wandb-mode=offline", tiny=False))
     rows = [int(row["global_step"]) for row in read_rows(folder) if row["seed"] == "5"]
-    for path in set(folder.glob("wandb/offline-run-*/*.wandb")) - before:
+    after = set(folder.glob("wandb/offline-run-*/*.wandb")) - before
+    assert len(after) == 2  # seeds
+    for path in after:
         assert [item["global_step"] for item in wandb_history(path)[1]] == rows
 
 
