@@ -1,6 +1,7 @@
 """Fixtures that every script goes through: a further script joins by a line in SCRIPTS."""
 
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import os
@@ -14,15 +15,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+gc.disable()  # it looks through all that JAX has traced, again and again
 # Most of the time is compiling: optimise less, and load what another test or process compiled.
 FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-EXACT = {}  # options of jax.jit for programs that are compared bit for bit
+# AVX has no multiply-add, which programs of the same mathematics would use in other places: with
+# it, their bits differ where the slower fusion emitters are off.
+FAST_COMPILING += " --xla_cpu_max_isa=AVX"
+# Options for programs that run long enough to be worth optimising.
+WELL = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
 if version("jaxlib").startswith("0.10."):  # later ones do not know the flag
     FAST_COMPILING += " --xla_cpu_use_fusion_emitters=false"
-    EXACT = {"xla_cpu_use_fusion_emitters": True}
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
-# Options for programs that run long enough to be worth optimising.
-WELL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} | EXACT
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
 # Sizes that compile and run in seconds: 12 updates of 32 environment steps, an evaluation every 5.
@@ -88,6 +91,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["script"]))
         if item.path.stem in ("test_host", "test_bad_flags"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def strong(tree):
+    """Arrays of no weak type: a function of the two kinds is compiled twice."""
+    import jax  # not at the top: it reads the settings above
+
+    def typed(x):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return x if is_key else jax.numpy.asarray(x, x.dtype)
+
+    return jax.tree.map(typed, tree)
 
 
 def flags(script: str) -> list[str]:

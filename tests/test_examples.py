@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SCRIPTS, flags
+from conftest import ROOT, SCRIPTS, flags, strong
 from flax import serialization
 from jax.sharding import Mesh
 
@@ -238,9 +238,12 @@ def test_craftax_in_gymnax(monkeypatch):
     craftax = example.make_craftax_env_from_name(name, auto_reset=False)
 
     @jax.jit
-    def both_steps(key, state, action):
+    def compiled(key, state, action):
         own_key, _ = jax.random.split(key)  # gymnax keeps the other for a reset
         return env.step(key, state, action, params), craftax.step(own_key, state, action)
+
+    def both_steps(key, state, action):  # of the same types each time: one program
+        return compiled(key, strong(state), jnp.int32(action))
 
     obs, state = env.reset(jax.random.key(0))
     starts = np.asarray(env.starts[0])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAST_COMPILING, ROOT, SCRIPTS
+from conftest import FAST_COMPILING, ROOT, SCRIPTS, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import assert_equal
@@ -186,6 +186,7 @@ def test_craftax():
     _, step, num_actions = rnn.make_env(config, 8)
     train, step = rnn.make_train(config), jax.jit(step)
     first = jax.jit(train.init)(jax.random.key(0))
+    first = strong(first)
     obs, state = first.obs, first.env_state
     assert num_actions == 17 and len(np.unique(obs, axis=0)) == 8
     for t in range(3):

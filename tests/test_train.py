@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import EXACT, PURE, floats, only, warmup
+from conftest import PURE, floats, only, warmup
 from flax import struct
 from gymnax.environments import environment, spaces
 from jax.extend.core import Var
@@ -62,7 +62,7 @@ def run(script, config, values):
     def train(key, values):
         return make_train_of(script, config, values)(key)
 
-    program = jax.jit(train, compiler_options=EXACT)
+    program = jax.jit(train)
     return lambda key: program(key, values)
 
 
@@ -73,7 +73,7 @@ def chunk(script, config):
     def four_updates(state, values):
         return make_train_of(script, config, values)(state=state, num_updates=4)
 
-    return jax.jit(four_updates, donate_argnums=0, compiler_options=EXACT)
+    return jax.jit(four_updates, donate_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def init(script, config):
     def start(key, values):
         return make_train_of(script, config, values).init(key)
 
-    return jax.jit(start, compiler_options=EXACT)
+    return jax.jit(start)
 
 
 @pytest.fixture(scope="module")
