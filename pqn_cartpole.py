@@ -575,8 +575,7 @@ def parse_args(args: list[str]) -> Config:
         if name == "resume" and (folder := word.removeprefix("--resume").lstrip("=")):
             saved = load_config(folder)
         words += parts
-    description = f"{__doc__}\n{Config.__doc__}"
-    config = tyro.cli(Config, args=words, description=description, default=saved)
+    config = tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", default=saved)
     for name, old in vars(saved).items() if saved.resume else ():
         if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
             raise ValueError(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
@@ -622,10 +621,8 @@ def make_programs(config: Config, train, mesh: Mesh):
     # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
     max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
     chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
-
-    def for_each(function, inputs):
-        on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
-        return jax.lax.map(function, inputs) if on_cpu else jax.vmap(function)(inputs)
+    # On a CPU, batches of small matrices are slower.
+    for_each = jax.lax.map if jax.default_backend() == "cpu" else lambda f, xs: jax.vmap(f)(xs)
 
     def init(seeds):
         return for_each(lambda seed: train.init(jax.random.key(seed)), seeds)
@@ -647,10 +644,7 @@ def make_programs(config: Config, train, mesh: Mesh):
 
 
 def start_run(config: Config, run_dir: Path):
-    """Makes and locks the run folder and starts wandb, on the first host; all hosts fail with it.
-
-    Returns the lock, wandb's runs and the checkpoints.
-    """
+    """The lock of the run folder, wandb's runs and the checkpoints; all hosts get them, or none."""
     lock, wandb_runs, is_ready = contextlib.ExitStack(), [], False
     try:
         if jax.process_index() == 0:
@@ -681,13 +675,13 @@ def restore(config: Config, run_dir: Path, checkpoints, update: int, shapes):
     csv, temporary = run_dir / "metrics.csv", run_dir / "metrics.tmp"
     try:
         saved = checkpoints.restore(update, args=ocp.args.StandardRestore(shapes))
-        rows = pd.read_csv(csv, dtype=str, keep_default_na=False)[: update * config.num_seeds]
-        if len(rows) < update * config.num_seeds:
+        rows = csv.read_text().splitlines(keepends=True)[: 1 + update * config.num_seeds]
+        if len(rows) < 1 + update * config.num_seeds:
             raise ValueError("metrics.csv lacks rows")
     except Exception as error:  # orbax raises a bare Exception for a damaged array
         raise ValueError(f"--resume: {run_dir} is damaged: {str(error)[:200]}") from error
     if jax.process_index() == 0:
-        rows.to_csv(temporary, index=False)
+        temporary.write_text("".join(rows))
         temporary.replace(csv)
         (run_dir / "metadata.json").unlink(missing_ok=True)
     return saved
@@ -741,8 +735,7 @@ def log_wandb(run_dir: Path, runs: list, exit_code: int | None = None) -> None:
 
 def record(config: Config, run_dir: Path, bar: tqdm, metrics: dict[str, jax.Array]) -> None:
     """Appends metrics [num_seeds, chunk_size] to metrics.csv, and moves the bar."""
-    metrics = jax.device_get(metrics)
-    rows = pd.DataFrame({name: metrics[name].T.ravel() for name in sorted(metrics)})
+    rows = pd.DataFrame({name: x.T.ravel() for name, x in jax.device_get(metrics).items()})
     rows.insert(0, "seed", config.seed + rows.index % config.num_seeds)
     csv, options = run_dir / "metrics.csv", {"float_format": "%.10g", "na_rep": "nan"}
     rows.to_csv(csv, mode="a", header=not csv.exists(), index=False, **options)
@@ -792,8 +785,7 @@ def save_results(config: Config, run_dir: Path, params, metadata: dict) -> None:
         print(f"seed {seed}: NaN in the loss from step {rows['global_step'].iloc[0]:,} on")
     if failures := int(table.get("charts/physics_failures", np.zeros(1)).sum()):
         print(f"physics failed in {failures:,} steps, which ended their episodes")
-    steps = metadata["updates"] * config.steps_per_update * config.num_seeds
-    metadata["steps_per_second"] = steps / max(metadata["run_seconds"], 1e-9)
+    metadata["steps_per_second"] = len(table) * config.steps_per_update / metadata["run_seconds"]
     packages = ("jax", "flax", "optax", "gymnax", "craftax", "brax", "jaxmarl", "ale_py", "numpy")
     metadata["versions"] = {name: version(name) for name in packages if name in sys.modules}
     (run_dir / "metadata.json").write_text(json.dumps(metadata, indent=2))
@@ -815,8 +807,8 @@ def find_run(config: Config) -> tuple[Path, int]:
     return folder.parent, max(updates)
 
 
-def main(config: Config, signals: Sequence[int] = ()) -> Path:
-    """Trains until the end, or until a signal's number is in signals; returns the run folder."""
+def main(config: Config, signals: Sequence[float] = ()) -> Path:
+    """Trains to the end, or until signals begins with a signal's number; returns the run folder."""
     mesh, is_first = start_devices(config), jax.process_index() == 0
     run_dir, update = find_run(config)
     if update == config.num_updates and (run_dir / "metadata.json").exists():
@@ -826,9 +818,9 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
     title = f"{config.env_id}, {config.num_seeds} seed{'s'[: config.num_seeds - 1]} on {device}"
     say(f"{SCRIPT.stem}: {title}, in {run_dir}; compiling takes seconds to a minute")
     train = make_train(config)
-    started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
     init, run_chunk = make_programs(config, train, mesh)
     lock, wandb_runs, checkpoints = start_run(config, run_dir)
+    started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
     seeds = config.seed + np.arange(config.num_seeds)
     shapes = init.eval_shape(seeds)
     if update:
@@ -836,8 +828,8 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
     else:
         states = init(seeds)
     run_chunk = run_chunk.lower(np.int32(0), shapes).compile()
-    saved_at = time.monotonic()
-    seconds["compile_seconds"] += saved_at - started
+    seconds["compile_seconds"] += time.monotonic() - started
+    start = time.monotonic() - seconds["run_seconds"]
     size = config.steps_per_update * config.num_seeds
     options = {"total": config.num_updates * size, "initial": update * size, "unit": " steps"}
     bar = lock.enter_context(tqdm(**options, unit_scale=True, disable=None if is_first else True))
@@ -854,15 +846,15 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
             while not metrics["global_step"].is_ready():  # Python handles no signals inside JAX
                 time.sleep(0.001)
             update += metrics["global_step"].shape[1]
-            is_due = time.monotonic() - saved_at >= config.checkpoint_interval
+            is_due = time.monotonic() - start - seconds["run_seconds"] >= config.checkpoint_interval
             flags = np.array([[signals[0] if signals else 0, is_due]])  # all hosts do the same
             signal_number, is_due = multihost_utils.process_allgather(flags, tiled=True).max(axis=0)
             if signal_number or is_due or update == config.num_updates:
                 unrecorded = unrecorded and record(config, run_dir, bar, unrecorded)
-                seconds["run_seconds"] += time.monotonic() - saved_at
-                saved_at = time.monotonic()
+                seconds["run_seconds"] = time.monotonic() - start
                 checkpoints.save(update, args=ocp.args.StandardSave((states, seconds)), force=True)
                 log_wandb(run_dir, wandb_runs)
+        bar.close()
         params = multihost_utils.process_allgather(states.params, tiled=True)
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
@@ -881,15 +873,13 @@ def main(config: Config, signals: Sequence[int] = ()) -> Path:
 
 if __name__ == "__main__":
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # a shell can close it
-    received = []
+    received = []  # the first signal's number and time
 
     def handle(number, frame):
-        received.append(number)
-        if len(received) == 1:
-            handle.since = time.monotonic()
-            message = "stopping after this chunk of updates (a second Ctrl-C stops at once)"
-            tqdm.write(message, file=sys.stderr)
-        elif time.monotonic() - handle.since > 1:  # sooner, it is one request that came twice
+        if not received:
+            received.extend([number, time.monotonic()])
+            tqdm.write("stopping after this chunk (a second Ctrl-C stops at once)", file=sys.stderr)
+        elif time.monotonic() - received[1] > 1:  # sooner, it is one request that came twice
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)

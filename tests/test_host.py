@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -413,6 +414,22 @@ def test_log_gets_plain_lines(finished, tmp_path, capsys):
     words = "step 7.0 of 384, return 7.0, NaN in the loss of seed 0\n"
     assert capsys.readouterr().err == words
     assert len(read_rows(tmp_path)) == 6
+
+
+class Terminal(io.StringIO):
+    """Both streams, as a person sees them."""
+
+    def isatty(self):
+        return True
+
+
+def test_summary_stands_below_the_bar(stopped, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    resume(stopped)
+    above, below = terminal.getvalue().split("12 of 12 updates")
+    assert "100%" in above and above.endswith("\n") and "\r" not in below
 
 
 def test_wandb_of_many_seeds(tmp_path):
