@@ -627,8 +627,8 @@ def make_programs(config: Config, train, mesh: Mesh):
     # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
     max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
     chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
-    # On a CPU, batches of small matrices are slower.
-    for_each = jax.lax.map if jax.default_backend() == "cpu" else lambda f, xs: jax.vmap(f)(xs)
+    on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
+    for_each = jax.lax.map if on_cpu else lambda f, xs: jax.vmap(f)(xs)
 
     def init(seeds):
         return for_each(lambda seed: train.init(jax.random.key(seed)), seeds)
@@ -646,7 +646,9 @@ def make_programs(config: Config, train, mesh: Mesh):
     layout = NamedSharding(mesh, by_seed)
     gathered = NamedSharding(mesh, everywhere) if jax.process_count() > 1 else layout
     run_chunk = jax.jit(run_chunk, out_shardings=(layout, gathered), donate_argnums=1)
-    return jax.jit(init, out_shardings=layout), run_chunk
+    # It runs once: more optimising takes longer than it saves, half a minute with physics.
+    once = {"xla_backend_optimization_level": 1} if on_cpu else None
+    return jax.jit(init, out_shardings=layout, compiler_options=once), run_chunk
 
 
 def start_run(config: Config, run_dir: Path):
