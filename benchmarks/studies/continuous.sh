@@ -13,7 +13,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_pendulum \
     --curve "DDPG(n)=pql_isaac_style --algorithm ddpg_n"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_ant \
-    --title ant --num-seeds 5 --in-turns --x steps seconds \
+    --title ant --num-seeds 5 --in-turns \
     --flags="--env-id ant --num-envs 128 --eval-episodes 16" \
     --curve "PQL=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 1.5e5" \
     --curve "PQL-D=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.3 --eval-interval 3 --total-timesteps 1.5e5 --algorithm pql_d" \
