@@ -1072,7 +1072,7 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
     train = make_train(config)
     init, run_chunk = make_programs(config, train, mesh)
     lock, wandb_runs, checkpoints = start_run(config, run_dir)
-    started, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
+    compile_start, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
     seeds = config.seed + np.arange(config.num_seeds)
     shapes = init.eval_shape(seeds)
     if update:
@@ -1080,7 +1080,7 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
     else:
         states = init(seeds)
     run_chunk = run_chunk.lower(np.int32(0), shapes).compile()
-    seconds["compile_seconds"] += time.monotonic() - started
+    seconds["compile_seconds"] += time.monotonic() - compile_start
     start = time.monotonic() - seconds["run_seconds"]
     size = config.steps_per_update * config.num_seeds
     options = {"total": config.num_updates * size, "initial": update * size, "unit": " steps"}
