@@ -111,17 +111,33 @@ def test_curves(in_process, monkeypatch):
         assert in_process.with_name(f"study{suffix}.png").exists()
 
 
-def test_curves_in_turns(in_process):
-    """A seed of every curve, then the next: the same returns as all seeds of a curve at once."""
+def test_curves_in_turns(in_process, monkeypatch):
+    """A seed of every curve, then the next; returns by seed, seconds in all."""
+    started = []
+
+    def run_curve(command, num_seeds, metric):
+        started.append(command)
+        seed, slow = int(command.split()[-1]), "none" in command
+        curve = {"command": command, "global_step": [8, 16], "returns": [[seed, slow]]}
+        seconds = {"compile_seconds": 1, "run_seconds": 4 if slow else 2}
+        return curve | seconds | {"steps_per_second": 16 / seconds["run_seconds"]}
+
+    monkeypatch.setattr(curves, "run_curve", run_curve)
     curve = ("layer norm=pqn_cartpole", "no norm=pqn_cartpole --norm none")
-    results = []
-    for in_turns in (True, False):
-        curves.main(curve=curve, num_seeds=2, in_turns=in_turns, flags=TINY, out=in_process)
-        results.append(load(in_process)["curves"])
-    for label, own in results[0].items():
-        for same in ("command", "returns"):
-            assert own[same] == results[1][label][same]
-        assert own["steps_per_second"] == pytest.approx(2 * 384 / own["run_seconds"])
+    curves.main(curve=curve, num_seeds=2, in_turns=True, flags="--num-envs 4", out=in_process)
+    first, second = "pqn_cartpole --num-envs 4", "pqn_cartpole --num-envs 4 --norm none"
+    assert started == [f"{own} --seed {seed}" for seed in (0, 1) for own in (first, second)]
+    assert load(in_process)["curves"] == {
+        label: {
+            "command": command,
+            "global_step": [8, 16],
+            "returns": [[0, slow], [1, slow]],
+            "compile_seconds": 2,
+            "run_seconds": 4 + 4 * slow,
+            "steps_per_second": 8 / (1 + slow),
+        }
+        for label, command, slow in (("layer norm", first, 0), ("no norm", second, 1))
+    }
 
 
 def test_equal_seconds(in_process):

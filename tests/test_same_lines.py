@@ -83,6 +83,16 @@ def test_continuous_environments_are_the_same(sources):
     assert len(copies) == 3 and len(set(copies)) == 1
 
 
+def test_minatar_learns_as_cartpole(sources):
+    """The same make_train, but for what its make_env takes: tests of it run on one of them."""
+    cartpole, minatar = (
+        top_level(sources[name])["make_train"] for name in ("pqn_cartpole", "pqn_minatar")
+    )
+    call = "make_env(config.env_id)"
+    assert call in ast.unparse(cartpole)
+    assert ast.unparse(cartpole).replace(call, "make_env(config)") == ast.unparse(minatar)
+
+
 @pytest.mark.parametrize("old, new", [("30:", "31:"), ('"nan"', '"NaN"'), ("0.001", "0.002")])
 def test_a_changed_character_is_found(sources, old, new):
     assert old in sources["ppo_cartpole"]

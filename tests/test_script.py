@@ -26,8 +26,8 @@ NUM_UPDATES, STEPS = 11 * 13, 8 * 32  # 11 chunks of 13 updates
 OFTEN = "--checkpoint-interval=0"  # after each chunk
 
 
-def long_run(script: str) -> list[str]:
-    steps = NUM_UPDATES * STEPS + 8 * warmup(script)
+def long_run(script: str, num_updates=NUM_UPDATES) -> list[str]:
+    steps = num_updates * STEPS + 8 * warmup(script)
     sizes = ["--num-seeds=2", "--num-envs=32", f"--total-timesteps={steps}", "--eval-interval=20"]
     return sizes + (["--buffer-size=2000"] if "buffer_size" in SCRIPTS[script] else [])
 
@@ -37,6 +37,12 @@ def finish(process, code=0):
     output, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     return output, errors
+
+
+def resume(script, folder, *flags):
+    """In this process, which has JAX and what the scripts import."""
+    module = importlib.import_module(script)
+    return module.main(module.parse_args(["--resume", str(folder), *flags]))
 
 
 def run_folder(command, runs_dir="runs"):
@@ -90,11 +96,11 @@ def wandb_history(path):
     return run, history
 
 
-# Those whose part that runs them has lines of its own (test_same_lines.py).
-OWN_LINES = ["pqn_cartpole", "pqn_rnn_craftax", "dqn_cartpole", "pql_isaac_style"]
+# Those whose programs are put on devices in lines of their own (test_same_lines.py).
+OWN_DEVICES = ["pqn_cartpole", "pqn_rnn_craftax"]
 
 
-@pytest.mark.parametrize("command", OWN_LINES, indirect=True)
+@pytest.mark.parametrize("command", OWN_DEVICES, indirect=True)
 def test_journey(command, monkeypatch):
     """Run, kill, resume: the files of a run that was left alone, and wandb has what they have."""
     cache = command.folder / "cache"
@@ -109,19 +115,18 @@ def test_journey(command, monkeypatch):
     folder = run_folder(command)
     assert not (folder / "metadata.json").exists(), "it was finished before it was killed"
     told = finish(command(f"--resume={folder}", "--checkpoint-interval=1", tiny=False))
-    check_words(command, folder, *told)
+    check_words(command.script, folder, *told)
     assert {path.name for path in folder.iterdir()} == FILES | {"wandb"}
-    check_files(command, folder)
+    check_files(command.script, folder)
     check_wandb(folder)
     # The first states and a chunk: the resumed run compiled no program of its own.
     programs = [path.name for path in cache.glob("jit_*-cache")]
     assert sum(name.startswith(("jit_init-", "jit_run_chunk-")) for name in programs) == 2
 
-    if command.script in ("pqn_cartpole", "pqn_rnn_craftax"):  # seeds and environments on devices
-        finish(command(*flags, "--runs-dir=whole"))
-        whole = run_folder(command, "whole")
-        assert {path.name for path in whole.iterdir()} == FILES
-        assert results(folder) == results(whole)
+    finish(command(*flags, "--runs-dir=whole"))
+    whole = run_folder(command, "whole")
+    assert {path.name for path in whole.iterdir()} == FILES
+    assert results(folder) == results(whole)
     if command.script == "pqn_cartpole":  # a seed does not depend on those beside it
         script = importlib.import_module(command.script)
         arguments = [*tiny_flags(command.script), *long_run(command.script)]
@@ -132,28 +137,29 @@ def test_journey(command, monkeypatch):
         np.testing.assert_allclose(*tables, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("command", sorted(set(PURE) - set(OWN_LINES)), indirect=True)
-def test_run(command):
-    """From start to end; their checkpoints are in test_train.py."""
-    told = finish(command(*long_run(command.script), "--seed=5"))
-    folder = run_folder(command)
-    check_words(command, folder, *told)
+@pytest.mark.parametrize("script", sorted(set(PURE) - set(OWN_DEVICES)), indirect=True)
+def test_run(script, tmp_path, capsys):
+    """From start to end, in this process; their checkpoints are in test_train.py."""
+    flags = [*tiny_flags(script.__name__), *long_run(script.__name__, 22), "--seed=5"]
+    flags += ["--env-id=smax_skirmish"] if hasattr(script, "make_jaxmarl") else []
+    folder = script.main(script.parse_args([*flags, f"--runs-dir={tmp_path}"]))
+    check_words(script.__name__, folder, *capsys.readouterr())
     assert {path.name for path in folder.iterdir()} == FILES
-    check_files(command, folder)
+    check_files(script.__name__, folder, 22)
 
 
-def check_words(command, folder, output, errors):
+def check_words(script, folder, output, errors):
     first_line = errors.splitlines()[0]
-    assert all(word in first_line for word in (command.script, "2 seeds on", str(folder.name)))
+    assert all(word in first_line for word in (script, "2 seeds on", str(folder.name)))
     assert "warning" not in (output + errors).lower() and "\r" not in errors
     assert "steps/s" in output and "greedy" in output
 
 
-def check_files(command, folder):
+def check_files(script, folder, num_updates=NUM_UPDATES):
     config = json.loads((folder / "config.json").read_text())
-    assert config["num_seeds"] == 2 and config["script"] == command.script
+    assert config["num_seeds"] == 2 and config["script"] == script
     rows = read_rows(folder)
-    steps = 8 * warmup(command.script) + STEPS * np.arange(1, NUM_UPDATES + 1)
+    steps = 8 * warmup(script) + STEPS * np.arange(1, num_updates + 1)
     expected = [(seed, step) for step in steps for seed in (5, 6)]
     assert [(int(row["seed"]), int(row["global_step"])) for row in rows] == expected
     variables = serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
@@ -161,9 +167,9 @@ def check_files(command, folder):
     assert {shape[0] for shape in shapes} == {2}  # seeds
     assert 16 in {shape[-1] for shape in shapes}  # units
     metadata = json.loads((folder / "metadata.json").read_text())
-    seconds = 2 * STEPS * NUM_UPDATES / metadata["steps_per_second"]
+    seconds = 2 * STEPS * num_updates / metadata["steps_per_second"]
     np.testing.assert_allclose(metadata["run_seconds"], seconds, rtol=1e-6)
-    assert "jax" in metadata["versions"] and metadata["updates"] == NUM_UPDATES
+    assert "jax" in metadata["versions"] and metadata["updates"] == num_updates
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -203,17 +209,16 @@ def test_ctrl_c(command):
     assert last == f"to resume: python pqn_cartpole.py --resume runs/{folder.name}"
     assert "updates, return" in output and (folder / "params.msgpack").exists()
 
-    # The signal is not handled before the chunk is trained, if it is long.
-    long_chunk = ["--num-envs=64", "--num-steps=65536", "--num-minibatches=2048"]
-    process = command(*flags, *long_chunk, "--runs-dir=long")
-    while process.poll() is None and not list(command.folder.glob("long/*/config.json")):
+    # A chunk of many seconds: the second signal does not wait for its end.
+    long_chunk = ["--num-envs=64", "--num-steps=8192", "--num-minibatches=256"]
+    process = command(*flags, *long_chunk, OFTEN, "--runs-dir=long")
+    while process.poll() is None and not list(command.folder.glob("long/*/checkpoints/1")):
         time.sleep(0.02)
-    time.sleep(15)  # compiling
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    time.sleep(1.1)
     process.send_signal(signal.SIGINT)
     _, errors = finish(process, code=128 + signal.SIGINT)
-    assert errors.splitlines()[-1] == "stopped at once; nothing was saved"
+    assert errors.splitlines()[-1].startswith("stopped at once; to resume: ")
 
 
 @pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
@@ -235,7 +240,7 @@ def test_stopped_by_a_scheduler(command):
     config = json.loads((folder / "config.json").read_text())
     config["total_timesteps"] = int(read_rows(folder)[-1]["global_step"]) + 32  # soon at its end
     (folder / "config.json").write_text(json.dumps(config))
-    finish(command(f"--resume={folder}", "--wandb-mode=offline", tiny=False))
+    resume(command.script, folder, "--wandb-mode=offline")
     rows = [int(row["global_step"]) for row in read_rows(folder) if row["seed"] == "5"]
     after = set(folder.glob("wandb/offline-run-*/*.wandb")) - before
     assert len(after) == 2  # seeds
@@ -246,7 +251,8 @@ def test_stopped_by_a_scheduler(command):
 @pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
 def test_full_disk(command):
     """One line, and the last whole checkpoint stays: no file may grow beyond 40 KiB."""
-    process = command(*long_run(command.script), OFTEN)
+    no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # it would be cut off, too
+    process = command(*long_run(command.script), OFTEN, environ=no_cache)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40 * 2**10,) * 2)
     _, errors = process.communicate()
     assert process.returncode == 2
@@ -254,7 +260,7 @@ def test_full_disk(command):
     assert "File too large" in last_line and "Traceback" not in errors
     folder = run_folder(command)
     assert f"--resume runs/{folder.name}" in to_resume
-    finish(command(f"--resume={folder}", tiny=False))
+    resume(command.script, folder)
     assert len(read_rows(folder)) == 2 * NUM_UPDATES
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import PURE, floats, only, warmup
+from conftest import LEARNERS, PURE, PURE_LEARNERS, floats, only, warmup
 from flax import struct
 from gymnax.environments import environment, spaces
 from jax.extend.core import Var
@@ -96,7 +96,7 @@ def chunks(init, chunk, values):
     return results
 
 
-@pytest.mark.parametrize("script", PURE, indirect=True)
+@pytest.mark.parametrize("script", PURE_LEARNERS, indirect=True)
 def test_same_seed_same_bits(run):
     first = run(KEYS[1])
     assert_equal(first, run(KEYS[1]))
@@ -104,6 +104,7 @@ def test_same_seed_same_bits(run):
         assert_equal(first[0][0], run(KEYS[2])[0][0])
 
 
+@pytest.mark.parametrize("script", LEARNERS, indirect=True)
 def test_chunks_equal_one_run(run, chunks):
     state, metrics = run(KEYS[1])
     parts = [metrics for _, metrics in chunks[:3]]
@@ -116,7 +117,7 @@ def types(tree):
     return jax.tree.map(lambda x: x.dtype, tree)
 
 
-@pytest.mark.parametrize("script", PURE, indirect=True)
+@pytest.mark.parametrize("script", PURE_LEARNERS, indirect=True)
 def test_checkpoint_is_the_state(chunks, tmp_path):
     """Every leaf and its type: what is trained after it is the same."""
     state, seconds = chunks[1][0], {"run_seconds": 1.5}
@@ -150,6 +151,7 @@ def test_no_leaf_of_the_state_is_empty(script, config, n_steps):
         assert leaf.size, jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize("script", LEARNERS, indirect=True)
 def test_past_the_end(script, config, chunks):
     """Schedules hold their last value, and nothing is learned any more."""
     for _, metrics in chunks[3:]:
@@ -166,7 +168,7 @@ def test_past_the_end(script, config, chunks):
     assert_equal(*weights)
 
 
-@pytest.mark.parametrize("script", PURE, indirect=True)
+@pytest.mark.parametrize("script", PURE_LEARNERS, indirect=True)
 def test_vmapped_over_seeds_and_hyperparameters(script, config, init, chunk, values):
     """Three seeds, and one with other values of every float, in one program: as each run alone.
 
@@ -189,6 +191,7 @@ def test_vmapped_over_seeds_and_hyperparameters(script, config, init, chunk, val
         assert_equal(mine[1], metrics, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("script", LEARNERS, indirect=True)
 def test_every_hyperparameter_matters(init, chunk, values):
     """Another value of any of them gives other losses or returns, not only another schedule."""
     schedules = {"charts/learning_rate", "charts/epsilon"}
@@ -203,6 +206,7 @@ def test_every_hyperparameter_matters(init, chunk, values):
         assert not all(same), f"{name} changes nothing"
 
 
+@pytest.mark.parametrize("script", LEARNERS, indirect=True)
 def test_metrics(script, config, run):
     _, metrics = run(KEYS[1])
     number = np.arange(1, config.num_updates + 1)
@@ -356,12 +360,10 @@ def clock(script):
     return env_id
 
 
-@pytest.mark.parametrize("script", PURE, indirect=True)
+@pytest.mark.parametrize("script", PURE_LEARNERS, indirect=True)
 @pytest.mark.parametrize("bootstrap", [True, False])
-def test_truncation_is_not_an_end(script, config, bootstrap, monkeypatch):
+def test_truncation_is_not_an_end(script, config, bootstrap):
     """All states are the same: a bootstrapped value is r / (1 - gamma), however short episodes."""
-    if hasattr(script, "GAMES"):
-        monkeypatch.setattr(script, "GAMES", ("Clock",))
     num_updates = 200 if script.__name__ == "pql_isaac_style" else 800  # which learns more in each
     settings = {"total_timesteps": 32 * (num_updates + 2), "gamma": 0.8}
     settings |= {"eval_interval": 800 * bootstrap}
