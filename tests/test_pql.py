@@ -6,8 +6,9 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from conftest import SCRIPTS, flags
+from conftest import SCRIPTS
 from flax import struct
 from gymnax.environments import environment, spaces
 from test_train import ClockParams, assert_equal
@@ -301,14 +302,13 @@ def test_keys_in_the_states_of_physics(tmp_path, monkeypatch):
         return env._replace(reset=reset, step=step)
 
     monkeypatch.setattr(pql, "make_env", with_keys)
-    run_dir = pql.main(pql.parse_args([*flags("pql_isaac_style"), "--runs-dir", str(tmp_path)]))
-    params = (run_dir / "params.msgpack").read_bytes()
-    (run_dir / "params.msgpack").unlink()
-    (run_dir / "metadata.json").unlink()  # as if it were not finished
-    pql.main(pql.parse_args(["--resume", str(run_dir)]))
-    assert (
-        run_dir / "params.msgpack"
-    ).read_bytes() == params  # written from the states that were loaded
+    state = jax.jit(pql.make_train(TINY).init)(jax.random.key(0))
+    assert state.actor.env.physics[1].shape == (4,)
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, args=ocp.args.StandardSave(state))
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        shapes = ocp.args.StandardRestore(jax.eval_shape(lambda: state))
+        assert_equal(checkpoints.restore(1, args=shapes), state)
 
 
 @struct.dataclass

@@ -5,12 +5,14 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import FAST_COMPILING, ROOT, SCRIPTS, strong
+from conftest import FAST_COMPILING, ROOT, SCRIPTS, flags, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import assert_equal
@@ -223,31 +225,20 @@ print("minibatches are", "divided" if divided else "whole")
 """
 
 
-def test_environments_of_one_seed_over_two_devices(tmp_path):
+def test_environments_of_one_seed_over_two_devices(tmp_path, monkeypatch):
     """A run on one device and, its environments divided, on two: equal up to the order of sums."""
-    from conftest import flags
-
-    tables = []
-    for number in (1, 2):
-        environ = os.environ | {
-            "XLA_FLAGS": f"{FAST_COMPILING} --xla_force_host_platform_device_count={number}",
-            "PYTHONPATH": str(ROOT),
-        }
-        program = ENVS_OVER_DEVICES.replace("== 2", f"== {number}")
-        arguments = [
-            sys.executable,
-            "-c",
-            program,
-            *flags("pqn_rnn_craftax"),
-            "--runs-dir",
-            str(number),
-        ]
-        done = subprocess.run(arguments, cwd=tmp_path, env=environ, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"on {number} x cpu" in done.stdout
-        assert f"minibatches are {'whole' if number == 1 else 'divided'}" in done.stdout
-        (csv,) = (tmp_path / str(number)).glob("*/metrics.csv")
-        tables.append(np.loadtxt(csv, delimiter=",", skiprows=1))
+    arguments = [*flags("pqn_rnn_craftax"), "--runs-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "with_sharding_constraint", None)  # minibatches stay whole
+        one = rnn.main(rnn.parse_args(arguments))
+    two_devices = f"{FAST_COMPILING} --xla_force_host_platform_device_count=2"
+    environ = os.environ | {"XLA_FLAGS": two_devices, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", ENVS_OVER_DEVICES, *arguments]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two, divided = done.stdout.splitlines()[-2:]
+    assert "on 2 x cpu" in done.stdout and divided == "minibatches are divided"
+    tables = [pd.read_csv(Path(run_dir, "metrics.csv")) for run_dir in (one, two)]
     np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-4)
 
 
