@@ -854,8 +854,9 @@ if __name__ == "__main__":
     for logger in ("absl", "asyncio"):  # orbax also logs the errors that it raises
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     if jax.config.jax_compilation_cache_dir is None:  # so that a second start does not compile
-        cache = Path.home() / ".cache" / "jax" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        with contextlib.suppress(RuntimeError):  # some containers' users have no home
+            cache = Path.home() / ".cache" / "jax" / platform.node()
+            jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         main(parse_args(sys.argv[1:]), received)
     except KeyboardInterrupt:
