@@ -270,7 +270,7 @@ def results(studies: dict[str, dict]) -> str:
 
 
 def launches(studies: dict[str, dict]) -> str:
-    """What XLA launches in an update of scripts and peers, counted without a GPU, for one seed."""
+    """What XLA launches in an update of scripts and peers, counted without a GPU."""
     (study,) = studies.values()
     rows = []
     for group in ("now", "peers"):
@@ -281,10 +281,16 @@ def launches(studies: dict[str, dict]) -> str:
             steps = [f"{loop['launches']:,}" for loop in (loops[0], loops[-1])]
             cells = [f"{update[key]:,}" for key in ("launches", "outside", "waits")]
             memory = f"{counts['memory_mib']:,.0f}"
-            rows.append([f"`{title}`", cells[0], *steps, *cells[1:], memory])
+            many = by_seeds.get("64")
+            many = [
+                f"{many['update']['launches']:,}" if many else "",
+                f"{many['memory_mib']:,.0f}" if many else "",
+            ]
+            rows.append([f"`{title}`", cells[0], *steps, *cells[1:], memory, *many])
     head = ["program", "launches", "first loop, a step", "last loop, a step"]
     versions = f"Compiled for an H100 by jax {study['versions']['jax']}; nothing was run."
-    made = markdown([*head, "outside of graphs", "waits", "MiB"], rows)
+    head += ["outside of graphs", "waits", "MiB", "launches, 64 seeds", "MiB, 64 seeds"]
+    made = markdown(head, rows)
     return "\n\n".join([made, versions, commands(studies)])
 
 
