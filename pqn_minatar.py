@@ -706,7 +706,8 @@ def record(config: Config, run_dir: Path, bar: tqdm, metrics: dict[str, jax.Arra
     rows.insert(0, "seed", config.seed + rows.index % config.num_seeds)
     csv, options = run_dir / "metrics.csv", {"float_format": "%.10g", "na_rep": "nan"}
     rows.to_csv(csv, mode="a", header=not csv.exists(), index=False, **options)
-    words = f"return {rows['charts/episodic_return'].mean():.1f}"
+    returns = rows["charts/episodic_return"].dropna()
+    words = f"return {returns.mean():.1f}" if len(returns) else "no episode ended"
     if len(nan_seeds := rows.loc[rows["losses/grad_norm"].isna(), "seed"].unique()):
         words += f", NaN in the loss of seed {', '.join(map(str, nan_seeds))}"
     bar.set_postfix_str(words, refresh=False)

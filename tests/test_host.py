@@ -413,7 +413,11 @@ def test_log_gets_plain_lines(finished, tmp_path, capsys):
     script.record(TINY, tmp_path, bar, metrics)
     words = "step 7.0 of 384, return 7.0, NaN in the loss of seed 0\n"
     assert capsys.readouterr().err == words
-    assert len(read_rows(tmp_path)) == 6
+    bar.last_print_t -= 31
+    metrics["charts/episodic_return"] *= jnp.nan  # as in Overcooked, where all end together
+    script.record(TINY, tmp_path, bar, metrics)
+    assert "of 384, no episode ended, NaN in the loss" in capsys.readouterr().err
+    assert len(read_rows(tmp_path)) == 9
 
 
 class Terminal(io.StringIO):
