@@ -137,6 +137,7 @@ def test_journey(command, monkeypatch):
         np.testing.assert_allclose(*tables, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings(*(f"error::{kind}Warning" for kind in ("User", "Runtime", "Future")))
 @pytest.mark.parametrize("script", sorted(set(PURE) - set(OWN_DEVICES)), indirect=True)
 def test_run(script, tmp_path, capsys):
     """From start to end, in this process; their checkpoints are in test_train.py."""
