@@ -32,8 +32,3 @@ python benchmarks/studies/curves.py --out benchmarks/results/again_humanoid_ppo 
     --title "humanoid, again" --num-seeds 5 \
     --flags="--env-id humanoid --num-envs 128 --eval-episodes 16" \
     --curve "PPO=ppo_continuous_action --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 6 --total-timesteps 4e5"
-
-python benchmarks/studies/curves.py --out benchmarks/results/again_cramped_room \
-    --title "Overcooked, cramped room, again" --num-seeds 5 \
-    --flags="--env-id overcooked_cramped_room --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.2e6 --eval-interval 73 --seed 1000" \
-    --curve "VDN=pqn_vdn_jaxmarl"
