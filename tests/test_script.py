@@ -123,12 +123,12 @@ def test_journey(command, monkeypatch):
     programs = [path.name for path in cache.glob("jit_*-cache")]
     assert sum(name.startswith(("jit_init-", "jit_run_chunk-")) for name in programs) == 2
 
-    script = importlib.import_module(command.script)
-    here = [*tiny_flags(command.script), *flags, f"--runs-dir={command.folder}/whole"]
-    whole = script.main(script.parse_args(here))  # in this process, on one device
+    finish(command(*flags, "--runs-dir=whole"))
+    whole = run_folder(command, "whole")
     assert {path.name for path in whole.iterdir()} == FILES
     assert results(folder) == results(whole)
     if command.script == "pqn_cartpole":  # a seed does not depend on those beside it
+        script = importlib.import_module(command.script)
         arguments = [*tiny_flags(command.script), *long_run(command.script)]
         arguments += ["--num-seeds=1", "--seed=6", "--runs-dir", str(command.folder / "alone")]
         alone = read_rows(script.main(script.parse_args(arguments)))[:12]
@@ -328,10 +328,9 @@ def start_hosts(command, *flags, environ=None):
 
 @pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
 def test_two_hosts(command):
-    """Two processes with a device each, killed and resumed: what one process trains."""
-    flags, script = long_run(command.script), importlib.import_module(command.script)
-    here = [*tiny_flags(command.script), *flags, f"--runs-dir={command.folder}/one"]
-    one = script.main(script.parse_args(here))
+    """Two processes with a device each, one of them killed, both resumed: one process with two."""
+    flags = long_run(command.script)
+    finish(command(*flags, "--runs-dir=one"))
     hosts = start_hosts(command, *flags, OFTEN, "--distributed")
     wait_for_checkpoint(command, hosts[0])
     for process in hosts[::-1]:
@@ -340,7 +339,7 @@ def test_two_hosts(command):
     folder = run_folder(command)
     for process in start_hosts(command, *flags, "--distributed", f"--resume={folder}"):
         finish(process)
-    assert results(folder) == results(one)
+    assert results(folder) == results(run_folder(command, "one"))
 
 
 @pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
