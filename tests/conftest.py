@@ -57,7 +57,7 @@ if importlib.util.find_spec("ale_py") is None:  # requirements-atari.txt
     del SCRIPTS["pqn_atari"]
 # The scripts of pure functions; pqn_atari calls emulators: one seed, and no exact --resume.
 PURE = [name for name in SCRIPTS if name != "pqn_atari"]
-# Whose make_train is their own: pqn_minatar's is that of pqn_cartpole (test_same_lines.py).
+# Scripts with their own make_train: pqn_minatar has that of pqn_cartpole (test_same_lines.py).
 LEARNERS = [name for name in SCRIPTS if name != "pqn_minatar"]
 PURE_LEARNERS = [name for name in PURE if name in LEARNERS]
 

@@ -281,12 +281,10 @@ def launches(studies: dict[str, dict]) -> str:
             steps = [f"{loop['launches']:,}" for loop in (loops[0], loops[-1])]
             cells = [f"{update[key]:,}" for key in ("launches", "outside", "waits")]
             memory = f"{counts['memory_mib']:,.0f}"
-            many = by_seeds.get("64")
-            many = [
-                f"{many['update']['launches']:,}" if many else "",
-                f"{many['memory_mib']:,.0f}" if many else "",
-            ]
-            rows.append([f"`{title}`", cells[0], *steps, *cells[1:], memory, *many])
+            many_seeds = ["", ""]
+            if many := by_seeds.get("64"):
+                many_seeds = [f"{many['update']['launches']:,}", f"{many['memory_mib']:,.0f}"]
+            rows.append([f"`{title}`", cells[0], *steps, *cells[1:], memory, *many_seeds])
     head = ["program", "launches", "first loop, a step", "last loop, a step"]
     versions = f"Compiled for an H100 by jax {study['versions']['jax']}; nothing was run."
     head += ["outside of graphs", "waits", "MiB", "launches, 64 seeds", "MiB, 64 seeds"]
