@@ -42,14 +42,14 @@ results = jax.block_until_ready(train(keys))
 seconds = time.perf_counter() - compiled
 metrics = results["metrics"]
 steps = np.asarray(metrics["env_step"])[0]
-interval = max(1, int(config["NUM_UPDATES"] * config["TEST_INTERVAL"]))
-evaluated = slice(interval - 1, None, interval)
-win_rates = np.asarray(metrics["test/returned_won_episode"])[:, evaluated]
 result = {
     "compile_seconds": compiled - start,
     "run_seconds": seconds,
     "steps_per_second": args.num_seeds * int(steps[-1]) / seconds,
-    "global_step": steps[evaluated].tolist(),
-    "returns": win_rates.tolist(),
 }
+if config["TEST_DURING_TRAINING"]:
+    interval = max(1, int(config["NUM_UPDATES"] * config["TEST_INTERVAL"]))
+    evaluated = slice(interval - 1, None, interval)
+    win_rates = np.asarray(metrics["test/returned_won_episode"])[:, evaluated]
+    result |= {"global_step": steps[evaluated].tolist(), "returns": win_rates.tolist()}
 print(json.dumps(result))
