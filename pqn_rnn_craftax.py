@@ -864,10 +864,13 @@ def start_devices(config: Config) -> Mesh:
 
 
 def make_programs(config: Config, train, mesh: Mesh):
-    """Jitted init(seeds) -> states and run_chunk(update, states) -> (states, metrics)."""
-    # Equal chunks of one update or up to 65,536 steps, so that one program runs them all.
+    """Jitted init(seeds) -> states and run_chunk(update, states) -> (states, metrics).
+
+    Metrics are [num_seeds, chunk_size], with zeros for updates past the end of the run.
+    """
+    # One program runs all chunks, of up to 65,536 steps; the last may be shorter.
     max_chunk = max(1, 2**16 // (config.steps_per_update * config.num_seeds))
-    chunk_size = max(n for n in range(1, max_chunk + 1) if config.num_updates % n == 0)
+    chunk_size = math.ceil(config.num_updates / math.ceil(config.num_updates / max_chunk))
     on_cpu = jax.default_backend() == "cpu"  # where batches of small matrices are slower
     for_each = jax.lax.map if on_cpu else lambda f, xs: jax.vmap(f)(xs)
 
@@ -875,9 +878,22 @@ def make_programs(config: Config, train, mesh: Mesh):
         return for_each(lambda seed: train.init(jax.random.key(seed)), seeds)
 
     def run_chunk(update, states):
-        # The update number is unbatched, so that evaluation stays a branch.
-        chunk = functools.partial(train, num_updates=chunk_size)
-        return for_each(lambda state: chunk(state=state._replace(update=update)), states)
+        train_once = jax.jit(functools.partial(train, num_updates=1))
+
+        def run(state):
+            def step(i, carry):
+                state, metrics = carry
+                # The update number is unbatched, so that evaluation stays a branch.
+                state, row = train_once(state=state._replace(update=update + i))
+                write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(i,))
+                return state, jax.tree.map(write, metrics, row)
+
+            row = jax.eval_shape(train_once, state=state)[1]
+            metrics = jax.tree.map(lambda x: jnp.zeros(chunk_size, x.dtype), row)
+            num_left = jnp.minimum(chunk_size, config.num_updates - update)
+            return jax.lax.fori_loop(0, num_left, step, (state, metrics))
+
+        return for_each(run, states)
 
     everywhere, by_seed = PartitionSpec(), PartitionSpec("seeds")
     on_devices = functools.partial(jax.shard_map, mesh=mesh, out_specs=by_seed, check_vma=False)
@@ -989,6 +1005,7 @@ def record(config: Config, run_dir: Path, bar: tqdm, metrics: dict[str, jax.Arra
     """Appends metrics [num_seeds, chunk_size] to metrics.csv, and moves the bar."""
     rows = pd.DataFrame({name: x.T.ravel() for name, x in jax.device_get(metrics).items()})
     rows.insert(0, "seed", config.seed + rows.index % config.num_seeds)
+    rows = rows[rows["global_step"] > 0]  # the last chunk may be shorter
     csv, options = run_dir / "metrics.csv", {"float_format": "%.10g", "na_rep": "nan"}
     rows.to_csv(csv, mode="a", header=not csv.exists(), index=False, **options)
     returns = rows["charts/episodic_return"].dropna()
@@ -1098,7 +1115,7 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
             unrecorded = metrics if is_first else None
             while not metrics["global_step"].is_ready():  # Python handles no signals inside JAX
                 time.sleep(0.001)
-            update += metrics["global_step"].shape[1]
+            update = min(update + metrics["global_step"].shape[1], config.num_updates)
             is_due = time.monotonic() - start - seconds["run_seconds"] >= config.checkpoint_interval
             flags = np.array([[signals[0] if signals else 0, is_due]])  # all hosts do the same
             signal_number, is_due = multihost_utils.process_allgather(flags, tiled=True).max(axis=0)

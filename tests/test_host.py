@@ -280,7 +280,7 @@ def test_main_sets_no_signal_handlers(tmp_path, monkeypatch):
 
 def test_stopped_by_a_signal(tmp_path, monkeypatch):
     """Saved, and not taken for finished; nothing of this is seen in the results."""
-    monkeypatch.setattr(script, "make_programs", one_update_a_chunk)
+    monkeypatch.setattr(script.Config, "steps_per_update", 2**16)  # an update is a chunk
     whole = script.main(dataclasses.replace(TINY, runs_dir=str(tmp_path / "whole")))
     record, signals = script.record, []
     monkeypatch.setattr(script, "record", lambda *args: signals.append(15) or record(*args))
@@ -294,15 +294,13 @@ def test_stopped_by_a_signal(tmp_path, monkeypatch):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-make_programs = script.make_programs
-
-
-def one_update_a_chunk(config, train, mesh):
-    def short(**arguments):
-        return train(**arguments | {"num_updates": 1})
-
-    short.init = train.init
-    return make_programs(config, short, mesh)
+def test_chunks_of_a_prime_number_of_updates():
+    """As long as others; chunks of a single update had the host work as long as the device."""
+    config = dataclasses.replace(TINY, total_timesteps=4099 * TINY.steps_per_update)
+    programs = script.make_programs(config, script.make_train(config), script.start_devices(config))
+    states = programs[0].eval_shape(np.arange(1))
+    _, metrics = programs[1].eval_shape(np.int32(0), states)
+    assert metrics["global_step"].shape == (1, 1367)  # three chunks of up to 65,536 steps
 
 
 def test_signals_while_compiling(tmp_path, capsys):

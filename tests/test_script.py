@@ -16,20 +16,21 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import PURE, ROOT, SCRIPTS, only, warmup
+from conftest import PURE, ROOT, SCRIPTS, SIZES, only, warmup
 from conftest import flags as tiny_flags
 from flax import serialization
 
 FILES = {"checkpoints", "config.json", "learning_curve.png", "metadata.json", "metrics.csv"}
 FILES |= {"params.msgpack"}
-NUM_UPDATES, STEPS = 11 * 13, 8 * 32  # 11 chunks of 13 updates
+NUM_UPDATES, NUM_ENVS = 140, 320  # 11 chunks of 12 updates, and one of 8
 OFTEN = "--checkpoint-interval=0"  # after each chunk
 
 
-def long_run(script: str, num_updates=NUM_UPDATES) -> list[str]:
-    steps = num_updates * STEPS + 8 * warmup(script)
-    sizes = ["--num-seeds=2", "--num-envs=32", f"--total-timesteps={steps}", "--eval-interval=20"]
-    return sizes + (["--buffer-size=2000"] if "buffer_size" in SCRIPTS[script] else [])
+def long_run(script: str, num_updates=NUM_UPDATES, num_envs=NUM_ENVS) -> list[str]:
+    steps = num_envs * (8 * num_updates + warmup(script) // SIZES["num_envs"])
+    sizes = ["--num-seeds=2", f"--num-envs={num_envs}", f"--total-timesteps={steps}"]
+    sizes += ["--buffer-size=2000"] if "buffer_size" in SCRIPTS[script] else []
+    return [*sizes, "--eval-interval=20"]
 
 
 def finish(process, code=0):
@@ -141,12 +142,12 @@ def test_journey(command, monkeypatch):
 @pytest.mark.parametrize("script", sorted(set(PURE) - set(OWN_DEVICES)), indirect=True)
 def test_run(script, tmp_path, capsys):
     """From start to end, in this process; their checkpoints are in test_train.py."""
-    flags = [*tiny_flags(script.__name__), *long_run(script.__name__, 22), "--seed=5"]
+    flags = [*tiny_flags(script.__name__), *long_run(script.__name__, 22, 32), "--seed=5"]
     flags += ["--env-id=smax_skirmish"] if hasattr(script, "make_jaxmarl") else []
     folder = script.main(script.parse_args([*flags, f"--runs-dir={tmp_path}"]))
     check_words(script.__name__, folder, *capsys.readouterr())
     assert {path.name for path in folder.iterdir()} == FILES
-    check_files(script.__name__, folder, 22)
+    check_files(script.__name__, folder, 22, 32)
 
 
 def check_words(script, folder, output, errors):
@@ -156,11 +157,12 @@ def check_words(script, folder, output, errors):
     assert "steps/s" in output and "greedy" in output
 
 
-def check_files(script, folder, num_updates=NUM_UPDATES):
+def check_files(script, folder, num_updates=NUM_UPDATES, num_envs=NUM_ENVS):
     config = json.loads((folder / "config.json").read_text())
     assert config["num_seeds"] == 2 and config["script"] == script
     rows = read_rows(folder)
-    steps = 8 * warmup(script) + STEPS * np.arange(1, num_updates + 1)
+    per_env = warmup(script) // SIZES["num_envs"] + 8 * np.arange(1, num_updates + 1)
+    steps = num_envs * per_env
     expected = [(seed, step) for step in steps for seed in (5, 6)]
     assert [(int(row["seed"]), int(row["global_step"])) for row in rows] == expected
     variables = serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
@@ -168,7 +170,7 @@ def check_files(script, folder, num_updates=NUM_UPDATES):
     assert {shape[0] for shape in shapes} == {2}  # seeds
     assert 16 in {shape[-1] for shape in shapes}  # units
     metadata = json.loads((folder / "metadata.json").read_text())
-    seconds = 2 * STEPS * num_updates / metadata["steps_per_second"]
+    seconds = 2 * 8 * num_envs * num_updates / metadata["steps_per_second"]
     np.testing.assert_allclose(metadata["run_seconds"], seconds, rtol=1e-6)
     assert "jax" in metadata["versions"] and metadata["updates"] == num_updates
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -253,7 +255,7 @@ def test_stopped_by_a_scheduler(command):
 def test_full_disk(command):
     """One line, and the last whole checkpoint stays: no file may grow beyond 40 KiB."""
     no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # it would be cut off, too
-    process = command(*long_run(command.script), OFTEN, environ=no_cache)
+    process = command(*long_run(command.script, num_envs=32), OFTEN, environ=no_cache)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40 * 2**10,) * 2)
     _, errors = process.communicate()
     assert process.returncode == 2
