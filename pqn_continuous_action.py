@@ -521,11 +521,16 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     sums = {"length": ended * length.astype(jnp.float32), "return": ended * episodic_return}
     sums |= {"ended": ended, "failed": failed}
 
-    def restart(old, new):
-        return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    def restart(state):
+        def choose(old, new):
+            return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, state, reset_envs(env, reset_key, len(action)))
 
     after = EnvState(physics, next_obs, length, episodic_return)
-    after = jax.tree.map(restart, after, reset_envs(env, reset_key, len(action)))
+    # A branch, as a reset can cost as much as a step. On a GPU, seeds are vmapped: no branch.
+    some_ended = ended.any() if jax.default_backend() == "cpu" else True
+    after = jax.lax.cond(some_ended, restart, lambda state: state, after)
     step = Step(state.obs, action, reward, next_obs, terminated, truncated)
     return after, step, jax.tree.map(jnp.sum, sums)
 

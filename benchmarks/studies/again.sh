@@ -32,3 +32,8 @@ python benchmarks/studies/curves.py --out benchmarks/results/again_humanoid_ppo 
     --title "humanoid, again" --num-seeds 5 \
     --flags="--env-id humanoid --num-envs 128 --eval-episodes 16" \
     --curve "PPO=ppo_continuous_action --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 6 --total-timesteps 4e5"
+
+python benchmarks/studies/curves.py --out benchmarks/results/again_pendulum_ppo \
+    --title "Pendulum-v1, again" --num-seeds 10 \
+    --flags="--env-id Pendulum-v1 --num-envs 64 --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 25 --total-timesteps 5e5 --seed 1000" \
+    --curve "PPO=ppo_continuous_action"
