@@ -812,7 +812,7 @@ def say(message: str) -> None:
 
 def parse_args(args: list[str]) -> Config:
     """Parses flags with tyro; also 1e6 for integers, and wandb's --flag=False, --sizes=[64, 64]."""
-    name, words, saved = "", [], Config()
+    name, words, saved = "", [], {}
     for word in args:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
@@ -825,10 +825,11 @@ def parse_args(args: list[str]) -> Config:
             number = r"(^|=)(\d+(\.\d*)?([eE]\+?\d+)?)$"
             parts = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", part) for part in parts]
         if name == "resume" and (folder := word.removeprefix("--resume").lstrip("=")):
-            saved = load_config(folder)
+            saved = {"default": load_config(folder)}
         words += parts
-    config = tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", default=saved)
-    for name, old in vars(saved).items() if saved.resume else ():
+    # Without a default made here: its fields would hold what another environment defaults to.
+    config = tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", **saved)
+    for name, old in vars(saved["default"]).items() if saved else ():
         if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
             raise ValueError(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
     return config

@@ -170,10 +170,12 @@ def test_defaults_by_algorithm_and_task():
     }.items():
         config = pql.Config(algorithm=algorithm)
         assert (config.policy_updates, config.obs_clip) == defaults
+        assert pql.parse_args([f"--algorithm={algorithm}"]) == config
     given = pql.parse_args(["--algorithm=sac_n", "--policy-updates=3", "--obs-clip=2"])
     assert (given.policy_updates, given.obs_clip) == (3, 2)
     for env_id, scale in {"ant": 0.01, "humanoid": 0.01, "walker2d": 1, "Pendulum-v1": 1}.items():
         assert pql.Config(env_id=env_id).reward_scale == scale
+        assert pql.parse_args([f"--env-id={env_id}"]).reward_scale == scale
     assert pql.Config(env_id="ant", reward_scale=0.1).reward_scale == 0.1
 
 

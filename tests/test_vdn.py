@@ -318,6 +318,7 @@ def test_defaults_of_the_environment():
         config = vdn.Config(env_id=f"{name}_x", td_lambda=0.3)
         assert config.td_lambda == 0.3
         assert all(getattr(config, x) == y for x, y in defaults.items() if x != "td_lambda")
+        assert vdn.parse_args([f"--env-id={config.env_id}", "--td-lambda=0.3"]) == config
     optional = [x.name for x in dataclasses.fields(vdn.Config) if x.default is None]
     assert set(optional) - {"resume", "wandb_entity"} == set(vdn.DEFAULTS["smax"])
     assert set(vdn.DEFAULTS["smax"]) == set(vdn.DEFAULTS["overcooked"])

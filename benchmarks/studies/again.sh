@@ -37,3 +37,8 @@ python benchmarks/studies/curves.py --out benchmarks/results/again_pendulum_ppo 
     --title "Pendulum-v1, again" --num-seeds 10 \
     --flags="--env-id Pendulum-v1 --num-envs 64 --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 25 --total-timesteps 5e5 --seed 1000" \
     --curve "PPO=ppo_continuous_action"
+
+python benchmarks/studies/curves.py --out benchmarks/results/again_humanoid_pqn \
+    --title "humanoid, again" --num-seeds 5 \
+    --flags="--env-id humanoid --eval-episodes 16" \
+    --curve "PQN=pqn_continuous_action --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --total-timesteps 4e5"

@@ -41,6 +41,7 @@ PROGRAMS = [
     ("purejaxrl", "CartPole-v1"),
     ("dqn_cartpole", ""),
     ("pqn_rnn_craftax", "--env-id MemoryChain-bsuite"),
+    ("pqn_rnn_craftax", ""),  # compiles for eight minutes
     ("pqn_vdn_jaxmarl", ""),
     ("pqn_continuous_action", "--env-id Pendulum-v1"),
     ("ppo_continuous_action", "--env-id Pendulum-v1"),
