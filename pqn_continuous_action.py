@@ -883,23 +883,23 @@ def make_programs(config: Config, train, mesh: Mesh):
     def init(seeds):
         return for_each(lambda seed: train.init(jax.random.key(seed)), seeds)
 
+    train_once = jax.jit(functools.partial(train, num_updates=1))
+
+    def run(update, state):
+        def step(i, carry):
+            state, metrics = carry
+            # The update number is unbatched, so that evaluation stays a branch.
+            state, row = train_once(state=state._replace(update=update + i))
+            write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(i,))
+            return state, jax.tree.map(write, metrics, row)
+
+        row = jax.eval_shape(train_once, state=state)[1]
+        metrics = jax.tree.map(lambda x: jnp.zeros(chunk_size, x.dtype), row)
+        num_left = jnp.minimum(chunk_size, config.num_updates - update)
+        return jax.lax.fori_loop(0, num_left, step, (state, metrics))
+
     def run_chunk(update, states):
-        train_once = jax.jit(functools.partial(train, num_updates=1))
-
-        def run(state):
-            def step(i, carry):
-                state, metrics = carry
-                # The update number is unbatched, so that evaluation stays a branch.
-                state, row = train_once(state=state._replace(update=update + i))
-                write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(i,))
-                return state, jax.tree.map(write, metrics, row)
-
-            row = jax.eval_shape(train_once, state=state)[1]
-            metrics = jax.tree.map(lambda x: jnp.zeros(chunk_size, x.dtype), row)
-            num_left = jnp.minimum(chunk_size, config.num_updates - update)
-            return jax.lax.fori_loop(0, num_left, step, (state, metrics))
-
-        return for_each(run, states)
+        return for_each(functools.partial(run, update), states)
 
     everywhere, by_seed = PartitionSpec(), PartitionSpec("seeds")
     on_devices = functools.partial(jax.shard_map, mesh=mesh, out_specs=by_seed, check_vma=False)
