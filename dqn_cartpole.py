@@ -30,6 +30,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -540,6 +541,7 @@ def make_train(config: Config):
 # --- Running it: not needed to copy the algorithm -------------------------------------------------
 
 SCRIPT = Path(__file__)
+COMMAND = ["python", SCRIPT.name]  # that started the script, without its flags
 # On a CPU, the batch from which one seed is faster with several threads than with one.
 THREADED_BATCH = 4096
 # Flags that may change on --resume, as they do not affect the results.
@@ -568,15 +570,11 @@ def parse_args(args: list[str]) -> Config:
         if re.search(r"\bint\b", kind):
             number = r"(^|=)(\d+(\.\d*)?([eE]\+?\d+)?)$"
             parts = [re.sub(number, lambda m: f"{m[1]}{float(m[2]):.15g}", part) for part in parts]
-        if name == "resume" and (folder := word.removeprefix("--resume").lstrip("=")):
-            saved = {"default": load_config(folder)}
+        if name == "resume" and word != "--resume":
+            saved = {"default": load_config(word.removeprefix("--resume="))}
         words += parts
     # Without a default made here: its fields would hold what another environment defaults to.
-    config = tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", **saved)
-    for name, old in vars(saved["default"]).items() if saved else ():
-        if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
-            raise ValueError(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
-    return config
+    return tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", **saved)
 
 
 def load_config(run_dir: str | Path) -> Config:
@@ -679,16 +677,16 @@ def make_programs(config: Config, train, mesh: Mesh):
     return jax.jit(init, out_shardings=layout, compiler_options=once), run_chunk
 
 
-def start_run(config: Config, run_dir: Path):
-    """The lock of the run folder, wandb's runs and the checkpoints; all hosts get them, or none."""
-    lock, wandb_runs, is_ready = contextlib.ExitStack(), [], False
+def start_run(config: Config, run_dir: Path, stack: contextlib.ExitStack):
+    """Locks the folder; wandb's runs and the checkpoints. All hosts get them, or none."""
+    wandb_runs, is_ready = [], False
     try:
         if jax.process_index() == 0:
             if config.resume is None:
                 run_dir.mkdir(parents=True)  # fails if another run has it
                 flags = {"script": SCRIPT.stem, "name": run_dir.name} | dataclasses.asdict(config)
                 (run_dir / "config.json").write_text(json.dumps(flags, indent=2))
-            file = lock.enter_context((run_dir / "config.json").open("a"))
+            file = stack.enter_context((run_dir / "config.json").open("a"))
             with contextlib.suppress(ImportError):  # Windows has no fcntl
                 import fcntl
 
@@ -703,7 +701,7 @@ def start_run(config: Config, run_dir: Path):
         sys.exit(2)  # the first host says why
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     folder = run_dir.resolve() / "checkpoints"
-    return lock, wandb_runs, ocp.CheckpointManager(folder, options=options)
+    return wandb_runs, ocp.CheckpointManager(folder, options=options)
 
 
 def restore(config: Config, run_dir: Path, checkpoints, update: int, shapes):
@@ -839,6 +837,9 @@ def find_run(config: Config) -> tuple[Path, int]:
         high, low = multihost_utils.broadcast_one_to_all(microseconds)
         env_id = re.sub(r"[^\w.-]", "-", config.env_id)
         return Path(config.runs_dir, f"{SCRIPT.stem}__{env_id}__{config.seed}__{high}{low:08}"), 0
+    for name, old in vars(load_config(config.resume)).items():
+        if (new := getattr(config, name)) != old and name not in FREE_FLAGS.split():
+            raise ValueError(f"--{name.replace('_', '-')} is {new}; the run to resume has {old}")
     folder = Path(config.resume, "checkpoints")
     if not folder.is_dir() or not (updates := ocp.utils.checkpoint_steps(folder)):
         raise ValueError(f"--resume is {config.resume}; it has no checkpoint yet")
@@ -847,6 +848,12 @@ def find_run(config: Config) -> tuple[Path, int]:
 
 def main(config: Config, signals: Sequence[float] = ()) -> Path:
     """Trains to the end, or until signals begins with a signal's number; returns the run folder."""
+    with contextlib.ExitStack() as stack:  # closes the bar and unlocks the folder, come what may
+        return train_run(config, signals, stack)
+
+
+def train_run(config: Config, signals: Sequence[float], stack: contextlib.ExitStack) -> Path:
+    """main, with the bar and the lock of the run folder in a stack."""
     mesh, is_first = start_devices(config), jax.process_index() == 0
     run_dir, update = find_run(config)
     if update == config.num_updates and (run_dir / "metadata.json").exists():
@@ -857,7 +864,7 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
     say(f"{SCRIPT.stem}: {title}, in {run_dir}; compiling takes seconds to a minute")
     train = make_train(config)
     init, run_chunk = make_programs(config, train, mesh)
-    lock, wandb_runs, checkpoints = start_run(config, run_dir)
+    wandb_runs, checkpoints = start_run(config, run_dir, stack)
     compile_start, seconds = time.monotonic(), {"compile_seconds": 0.0, "run_seconds": 0.0}
     seeds = config.seed + np.arange(config.num_seeds)
     shapes = init.eval_shape(seeds)
@@ -870,9 +877,9 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
     start = time.monotonic() - seconds["run_seconds"]
     size = config.steps_per_update * config.num_seeds
     options = {"total": config.num_updates * size, "initial": update * size, "unit": " steps"}
-    bar = lock.enter_context(tqdm(**options, unit_scale=True, disable=None if is_first else True))
+    bar = stack.enter_context(tqdm(**options, unit_scale=True, disable=None if is_first else True))
     bar.last_print_t, unrecorded, signal_number = time.time(), None, 0
-    to_resume = f"to resume: python {SCRIPT.name} --resume {run_dir}"
+    to_resume = f"to resume: {shlex.join([*COMMAND, '--resume', str(run_dir)])}"
     try:
         if signals:  # that came while compiling: there is nothing new to save
             raise KeyboardInterrupt
@@ -899,8 +906,6 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
     except BaseException:
         say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
-    finally:
-        lock.close()
     exit_code = 128 + int(signal_number) if update < config.num_updates else 0
     log_wandb(run_dir, wandb_runs, exit_code)
     if exit_code:
@@ -910,6 +915,7 @@ def main(config: Config, signals: Sequence[float] = ()) -> Path:
 
 
 if __name__ == "__main__":
+    COMMAND = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # a shell can close it
     received = []  # the first signal's number and time
 

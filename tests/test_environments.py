@@ -4,12 +4,16 @@ import importlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gymnax
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS
+from conftest import flags as tiny_flags
+from flax import serialization
+from test_bad_flags import run
 
 sys.path.insert(0, str(ROOT / "examples" / "environments"))
 KEY = jax.random.key(0)
@@ -88,6 +92,21 @@ def test_flags_are_handed_on(suite, env_id):
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and error.startswith("pqn_cartpole.py: error: --env-id is no-such")
     assert env_id in error
+
+
+def test_a_run_is_resumed_through_its_adapter(monkeypatch, tmp_path, capsys):
+    """It tells the command that was typed, not the script that the adapter runs."""
+    adapter, flags = "examples/environments/jumanji_env", tiny_flags("pqn_cartpole")
+    flags = [*flags, f"--runs-dir={tmp_path}"]
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", f"{adapter}.py", "pqn_cartpole", *flags])
+    monkeypatch.setattr(gymnax, "register", lambda *_: None)  # twice is an error
+    monkeypatch.setattr(serialization, "to_bytes", None)  # it fails after the last checkpoint
+    with pytest.raises(TypeError):
+        run(SimpleNamespace(__name__=adapter), ["pqn_cartpole", *flags])
+    (folder,) = tmp_path.iterdir()
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    command = f"python -u {adapter}.py pqn_cartpole --resume {folder}"
+    assert last_line == f"stopped at once; to resume: {command}"
 
 
 def test_environment_of_the_docs():

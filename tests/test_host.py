@@ -75,6 +75,24 @@ def test_resumed_run_keeps_its_flags(stopped, flag, words, capsys):
     assert words in capsys.readouterr().err and contents(stopped) == before
 
 
+def test_resume_within_the_folder(stopped, monkeypatch):
+    """An empty word is this folder: as the run was, not with the defaults."""
+    before = contents(stopped)
+    monkeypatch.chdir(stopped)
+    assert run(script, ["--resume", ""]) is None
+    after = contents(stopped)
+    assert all(after[path] == data for path, data in before.items() if path.suffix == ".csv")
+
+
+def test_resume_from_python_compares_flags(stopped):
+    before = contents(stopped)
+    with pytest.raises(
+        ValueError, match=r"^--total-timesteps is 500000; the run to resume has 384"
+    ):
+        script.main(script.Config(resume=str(stopped)))
+    assert contents(stopped) == before
+
+
 def test_resume_takes_flags_that_do_not_change_the_results(stopped):
     # With the default of the other sizes, 4 environments are none that the minibatches divide.
     flags = ["--num-envs=4", "--checkpoint-interval=5", "--wandb-mode=offline", "--wandb-tags=b"]
@@ -111,6 +129,8 @@ def test_damaged_run(stopped, damage, words):
     with pytest.raises(ValueError, match=f"^--resume.*{stopped}.*") as error:
         resume(stopped)
     assert words in str(error.value) and contents(stopped) == before
+    with (stopped / "config.json").open() as file:  # not locked, though the error is kept
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def checkpoint(folder):

@@ -25,7 +25,7 @@ VARIANTS = {
     "restore": {"pqn_atari"},  # new games
     "normalize": {"pql_isaac_style"},  # what its reference adds to a variance
     "make_gymnax": {"pqn_rnn_craftax"},  # many environments at once
-    "main": {"pqn_atari"},  # new games
+    "train_run": {"pqn_atari"},  # new games
     "start_devices": {"pqn_rnn_craftax"},  # environments over devices
     "THREADED_BATCH": {"pql_isaac_style", "pqn_atari"},  # measured
     "RETURNS": {"pqn_atari"},  # evaluations that end before the games
@@ -101,18 +101,18 @@ def test_a_changed_character_is_found(sources, old, new):
 
 
 def test_running_half(sources):
-    """The last section, the same everywhere; main is no longer than half of make_train."""
+    """The last section, the same everywhere; train_run is no longer than half of make_train."""
     for name, source in sources.items():
         running = definitions(source.split(RULE)[1].split("\n", 1)[1])
-        assert set(running) >= {"main", "parse_args", "record"} and not set(running) & OWN
+        assert set(running) >= {"main", "train_run", "record"} and not set(running) & OWN
         nodes = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
         lengths = {name: node.end_lineno - node.lineno + 1 for name, node in nodes.items()}
         functions = [
             length for node, length in lengths.items() if isinstance(nodes[node], ast.FunctionDef)
         ]
-        assert lengths["main"] <= 65
-        # With emulators make_train is short, and main is the siblings'.
-        assert lengths["main"] <= lengths["make_train"] / 2 or name == "pqn_atari"
+        assert lengths["main"] + lengths["train_run"] <= 70
+        # With emulators make_train is short, and train_run is the siblings'.
+        assert lengths["train_run"] <= lengths["make_train"] / 2 or name == "pqn_atari"
         assert max(functions) == lengths["make_train"]
 
 

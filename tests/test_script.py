@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -209,7 +210,8 @@ def test_ctrl_c(command):
     output, errors = finish(process, code=128 + signal.SIGINT)
     _, told, *_, last = errors.splitlines()
     assert told.startswith("stopping after this chunk")
-    assert last == f"to resume: python pqn_cartpole.py --resume runs/{folder.name}"
+    resume_command = [sys.executable, "pqn_cartpole.py", "--resume", f"runs/{folder.name}"]
+    assert last == f"to resume: {shlex.join(resume_command)}"
     assert "updates, return" in output and (folder / "params.msgpack").exists()
 
     # A chunk of many seconds: the second signal does not wait for its end.

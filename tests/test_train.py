@@ -40,7 +40,7 @@ OTHER_VALUES = {
     "weight_decay": 0.1, "stddev_min": 0.2, "stddev_max": 0.5, "target_noise": 0.1,
     "target_noise_clip": 0.1, "obs_clip": 1.0, "value_bound": 20.0, "alpha_learning_rate": 1e-2,
     "initial_stddev": 0.5, "stddev_start": 0.3, "stddev_finish": 0.8, "stddev_decay": 0.5,
-    "penalty_threshold": 0.01, "penalty_coef": 1.0, "shaping_decay": 0.1, "loss_coef": 2.0,
+    "penalty_threshold": 0.01, "penalty_coef": 1.0, "shaping_decay": 0.1,
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def slow_loss(config, state):
                         break
                 squares.append((chosen[t, env, column] - mixed) ** 2)
     mean = chosen[~is_reset].mean()
-    return config.loss_coef * np.mean(squares), mean, (terminated & ~is_reset).any(), is_reset.any()
+    return np.mean(squares), mean, (terminated & ~is_reset).any(), is_reset.any()
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ python benchmarks/studies/curves.py --out benchmarks/results/vdn_asymm_advantage
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "independent=pqn_vdn_jaxmarl --mixer none"
 
-# The reference at these sizes, and ours without its batch normalisation, window and loss.
+# The reference at these sizes, and ours without its batch normalisation and window.
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m_peer \
     --title "SMAX 3m" --metric eval/win_rate --num-seeds 5 --x steps seconds \
     --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 64 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 1e6 --eval-interval 24 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl" \
-    --curve "VDN, layer norm, no window, half the loss=pqn_vdn_jaxmarl --norm layer_norm --norm-input none --memory-window 0 --loss-coef 0.5" \
+    --curve "VDN, layer norm, no window=pqn_vdn_jaxmarl --norm layer_norm --norm-input none --memory-window 0" \
     --peer 'PureJaxQL=$PUREJAXQL_JAXMARL benchmarks/studies/peers/purejaxql_vdn.py --num-seeds 5 --total-timesteps 1000000 --set NUM_ENVS=64 NUM_STEPS=32 HIDDEN_SIZE=64 NUM_LAYERS=1 NUM_MINIBATCHES=8 NUM_EPOCHS=4 LR=0.0005 EPS_FINISH=0.05 TEST_NUM_ENVS=256'
 
 python benchmarks/studies/speed.py pqn_vdn_jaxmarl --out benchmarks/results/vdn_speed --repeats 2 \
