@@ -515,10 +515,10 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     sums |= {"ended": ended, "failed": failed}
 
     def restart(state):
-        def choose(old, new):
+        def where_ended(old, new):
             return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        return jax.tree.map(choose, state, reset_envs(env, reset_key, len(action)))
+        return jax.tree.map(where_ended, state, reset_envs(env, reset_key, len(action)))
 
     after = EnvState(physics, next_obs, length, episodic_return)
     # A branch, as a reset can cost as much as a step. On a GPU, seeds are vmapped: no branch.
@@ -587,13 +587,9 @@ class TrainState(NamedTuple):
 class Transition(NamedTuple):
     """One step of all environments; a rollout adds a leading axis of num_steps."""
 
-    obs: jax.Array
+    step: Step
     action: jax.Array  # as sampled, before clipping
     log_prob: jax.Array
-    reward: jax.Array
-    next_obs: jax.Array  # after the step, before any reset
-    terminated: jax.Array
-    truncated: jax.Array
     discounted_return: jax.Array  # of the episode so far
 
 
@@ -655,8 +651,7 @@ def make_train(config: Config):
             # As in CleanRL, the environment alone sees clipped actions.
             env_state, step, sums = step_envs(env, step_key, env_state, jnp.clip(action, -1, 1))
             discounted_return = config.gamma * discounted_return + step.reward
-            outcomes = step.reward, step.next_obs, step.terminated, step.truncated
-            row = Transition(step.obs, action, log_prob, *outcomes, discounted_return)
+            row = Transition(step, action, log_prob, discounted_return)
             ended = step.terminated | step.truncated
             return (env_state, jnp.where(ended, 0, discounted_return)), (row, sums)
 
@@ -677,14 +672,15 @@ def make_train(config: Config):
 
     def prepare(state, rollout):
         """A flat batch of inputs of the loss; the critic evaluates the rollout in one pass."""
+        steps = rollout.step
         obs, next_obs = (
-            normalize(x, state.statistics, config.obs_clip) for x in (rollout.obs, rollout.next_obs)
+            normalize(x, state.statistics, config.obs_clip) for x in (steps.obs, steps.next_obs)
         )
         values, next_values = value(state.networks, obs), value(state.networks, next_obs)
-        terminated, truncated = rollout.terminated, rollout.truncated
+        terminated, truncated = steps.terminated, steps.truncated
         if not config.bootstrap_on_truncation:
             terminated |= truncated
-        rewards = rollout.reward
+        rewards = steps.reward
         if config.norm_reward:
             rewards = rewards / jnp.sqrt(state.return_statistics.var + 1e-8)
         outcomes = rewards, values, next_values, terminated, truncated
@@ -734,7 +730,9 @@ def make_train(config: Config):
         losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
         losses = {f"losses/{name}": value for name, value in losses.items()}
         # Only now, so that old and new log-probabilities are of the same normalised observations.
-        statistics = update_statistics(state.statistics, rollout.obs.reshape(config.batch_size, -1))
+        statistics = update_statistics(
+            state.statistics, rollout.step.obs.reshape(config.batch_size, -1)
+        )
         networks = unflatten(params)
         state = state._replace(networks=networks, opt_state=opt_state, statistics=statistics)
         return state, losses

@@ -70,14 +70,18 @@ DEFAULTS = {
     "ddpg_n": {"policy_updates": 8, "obs_clip": math.inf},
     "sac_n": {"policy_updates": 8, "obs_clip": math.inf},
 }
-# Of the paper's tasks that brax has; its other scales are for tasks of Isaac Gym.
+# The authors' for Isaac Gym's ant and humanoid. With it, three of brax's rewards are a tenth of an
+# atom of pql_d's, which learns nothing from them.
 REWARD_SCALES = {"ant": 0.01, "humanoid": 0.01}
+PQL_D_REWARD_SCALES = {"ant": 0.3, "humanoid": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's, for a GPU.
+    """The defaults are the authors', for a GPU, except total_timesteps and pql_d's reward_scale.
 
+    Unlike in their code, a window that a time limit cuts is discounted by gamma to the number of
+    its steps, and ddpg_n and sac_n draw one batch for the critics and another for the policy.
     Fields that are None take the default of the algorithm or task when a Config is made. For
     another one make a new Config: dataclasses.replace keeps the old one's values.
     """
@@ -115,9 +119,9 @@ class Config:
     n_steps: int = 3
     """Rewards in an n-step target."""
     reward_scale: float | None = None
-    """Scale of training rewards, not of reported ones. Default: 0.01 for ant and humanoid, as in
-    the paper, else 1: choose one that keeps values small. With pql_d, values must stay within
-    value_bound, and n_steps rewards be wider than two atoms."""
+    """Scale of training rewards, not of reported ones. Default: 0.01 for ant and humanoid, with
+    pql_d 0.3 and 0.1; else 1: choose one that keeps values small. With pql_d, values must stay
+    within value_bound, and n_steps rewards be wider than two atoms."""
     critic_updates: int = 8
     """Critic updates per step of all environments; the paper's beta_a:v is 1:critic_updates."""
     policy_updates: int | None = None
@@ -190,7 +194,8 @@ class Config:
 
         Raises ValueError, naming the flag, for an invalid value; traced ones pass as float32.
         """
-        defaults = DEFAULTS[self.algorithm] | {"reward_scale": REWARD_SCALES.get(self.env_id, 1.0)}
+        scales = PQL_D_REWARD_SCALES if self.algorithm == "pql_d" else REWARD_SCALES
+        defaults = DEFAULTS[self.algorithm] | {"reward_scale": scales.get(self.env_id, 1.0)}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -622,10 +627,10 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     sums |= {"ended": ended, "failed": failed}
 
     def restart(state):
-        def choose(old, new):
+        def where_ended(old, new):
             return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        return jax.tree.map(choose, state, reset_envs(env, reset_key, len(action)))
+        return jax.tree.map(where_ended, state, reset_envs(env, reset_key, len(action)))
 
     after = EnvState(physics, next_obs, length, episodic_return)
     # A branch, as a reset can cost as much as a step. On a GPU, seeds are vmapped: no branch.

@@ -62,7 +62,11 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's for Atari: 50 million steps of 4 frames."""
+    """The defaults are those of PureJaxQL, the code of PQN's authors, for Atari.
+
+    Unlike there, a step that only starts a new game is masked from the loss, and a game's last
+    frame is missing, as ale-py leaves it out.
+    """
 
     seed: int = 0
     """Seed of the run."""

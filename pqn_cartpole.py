@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's for CartPole-v1."""
+    """The defaults are those of PureJaxQL, the code of PQN's authors, for CartPole-v1."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""

@@ -67,7 +67,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are PureJaxQL's for dm_control, except obs_clip, which is CleanRL's."""
+    """The defaults are PureJaxQL's for dm_control, except env_id and obs_clip (CleanRL's)."""
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""
@@ -116,9 +116,7 @@ class Config:
     obs_clip: float = 10.0
     """Clip range of the normalised observations."""
     num_critics: int = 2
-    """Critics, each with its own initial weights and the same targets."""
-    critic_reduction: Literal["mean", "min"] = "mean"
-    """How several critics give one value, in targets and for the actor."""
+    """Critics, each with its own initial weights and the same targets, made from their mean."""
     norm: Literal["layer_norm", "none"] = "layer_norm"
     """Normalisation after every hidden layer."""
     actor_hidden_sizes: tuple[int, ...] = (512, 256, 128)
@@ -523,10 +521,10 @@ def step_envs(env: Env, key: jax.Array, state: EnvState, action: jax.Array):
     sums |= {"ended": ended, "failed": failed}
 
     def restart(state):
-        def choose(old, new):
+        def where_ended(old, new):
             return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        return jax.tree.map(choose, state, reset_envs(env, reset_key, len(action)))
+        return jax.tree.map(where_ended, state, reset_envs(env, reset_key, len(action)))
 
     after = EnvState(physics, next_obs, length, episodic_return)
     # A branch, as a reset can cost as much as a step. On a GPU, seeds are vmapped: no branch.
@@ -595,14 +593,9 @@ class TrainState(NamedTuple):
 class Transition(NamedTuple):
     """One step of all environments; a rollout adds a leading axis of num_steps."""
 
-    obs: jax.Array
+    step: Step
     policy_action: jax.Array  # without noise
-    action: jax.Array
-    reward: jax.Array
-    next_obs: jax.Array  # after the step, before any reset
-    next_noise: jax.Array  # noise of the next action
-    terminated: jax.Array
-    truncated: jax.Array
+    next_noise: jax.Array  # of the next action
     discounted_return: jax.Array  # of the episode so far
 
 
@@ -665,8 +658,7 @@ def make_train(config: Config):
         )
 
     def value(params, obs, action):
-        values = critics.apply(params, obs, action)
-        return values.min(axis=0) if config.critic_reduction == "min" else values.mean(axis=0)
+        return critics.apply(params, obs, action).mean(axis=0)
 
     def policy(state, obs):
         obs = normalize(obs, state.statistics, config.obs_clip)
@@ -680,8 +672,7 @@ def make_train(config: Config):
             action = jnp.clip(policy_action + noise, -1, 1)
             env_state, step, sums = step_envs(env, step_key, env_state, action)
             discounted_return = config.gamma * discounted_return + step.reward
-            outcomes = step.reward, step.next_obs, next_noise, step.terminated, step.truncated
-            row = Transition(step.obs, policy_action, action, *outcomes, discounted_return)
+            row = Transition(step, policy_action, next_noise, discounted_return)
             ended = step.terminated | step.truncated
             return (env_state, jnp.where(ended, 0, discounted_return)), (row, sums)
 
@@ -702,14 +693,15 @@ def make_train(config: Config):
 
     def targets(state, rollout):
         """SARSA(lambda) targets [num_steps, num_envs]; the next action includes its noise."""
+        steps, next_noise = rollout.step, rollout.next_noise
         # Within an episode, and but for the last row, this is the action taken next.
-        next_action = jnp.clip(policy(state, rollout.next_obs) + rollout.next_noise, -1, 1)
-        next_obs = normalize(rollout.next_obs, state.statistics, config.obs_clip)
+        next_action = jnp.clip(policy(state, steps.next_obs) + next_noise, -1, 1)
+        next_obs = normalize(steps.next_obs, state.statistics, config.obs_clip)
         next_values = value(state.networks["critics"], next_obs, next_action)
-        terminated, truncated = rollout.terminated, rollout.truncated
+        terminated, truncated = steps.terminated, steps.truncated
         if not config.bootstrap_on_truncation:
             terminated |= truncated
-        rewards = config.reward_scale * rollout.reward
+        rewards = config.reward_scale * steps.reward
         if config.norm_reward:
             rewards = rewards / jnp.sqrt(state.return_statistics.var + 1e-8)
         outcomes = rewards, next_values, terminated, truncated
@@ -729,8 +721,9 @@ def make_train(config: Config):
 
     def learn(state, rollout, key):
         rate = learning_rate(state.update)
-        obs = normalize(rollout.obs, state.statistics, config.obs_clip)
-        batch = obs, rollout.action, rollout.policy_action, targets(state, rollout)
+        steps = rollout.step
+        obs = normalize(steps.obs, state.statistics, config.obs_clip)
+        batch = obs, steps.action, rollout.policy_action, targets(state, rollout)
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
 
         def gradient_step(carry, index):
@@ -756,7 +749,7 @@ def make_train(config: Config):
         names = "td_loss", "q_values", "policy_loss", "penalty", "penalty_ratio", "grad_norm"
         names = [f"losses/{name}" for name in (*names, "policy_grad_norm")]
         # Only now, so that old and new actions are of the same normalised observations.
-        statistics = update_statistics(state.statistics, rollout.obs.reshape(config.batch_size, -1))
+        statistics = update_statistics(state.statistics, steps.obs.reshape(config.batch_size, -1))
         state = state._replace(networks=networks, opt_state=opt_state, statistics=statistics)
         return state, dict(zip(names, losses.mean(0), strict=True))
 

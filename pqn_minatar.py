@@ -63,7 +63,10 @@ GAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's for MinAtar."""
+    """The defaults are those of PureJaxQL, the code of PQN's authors, for MinAtar.
+
+    Unlike there, the planes of a game, of zeros and ones, are not divided by 255.
+    """
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""

@@ -62,7 +62,10 @@ CRAFTAX = {"Craftax-Symbolic-v1": 226, "Craftax-Classic-Symbolic-v1": 22}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's for Craftax-Symbolic-v1; such a run takes hours on a GPU."""
+    """The defaults are those of PureJaxQL, the code of PQN's authors, for Craftax-Symbolic-v1.
+
+    Such a run takes hours on a GPU.
+    """
 
     seed: int = 0
     """First seed; run i uses seed + i and does not depend on num_seeds."""

@@ -24,7 +24,7 @@ BAD = {
     " sticky-action-prob stddev-decay repeat-action-probability",
     "nan": "learning-rate gamma reward-scale max-grad-norm checkpoint-interval vf-coef",
     "many": "num-envs learning-rate norm activation wandb-mode env-id hidden-sizes buffer-size"
-    " algorithm backend critic-reduction",
+    " algorithm backend",
     "2.5": "num-envs", "1e-3": "num-envs", "inf": "total-timesteps", "31": "total-timesteps",
     "3e9": "total-timesteps", "1e9": "num-envs", "3": "num-minibatches buffer-size",
     "64": "num-minibatches", "": "env-id gamma", "1": "num-atoms", "2": "warmup-steps",

@@ -176,6 +176,8 @@ def test_defaults_by_algorithm_and_task():
     for env_id, scale in {"ant": 0.01, "humanoid": 0.01, "walker2d": 1, "Pendulum-v1": 1}.items():
         assert pql.Config(env_id=env_id).reward_scale == scale
         assert pql.parse_args([f"--env-id={env_id}"]).reward_scale == scale
+    for env_id, scale in {"ant": 0.3, "humanoid": 0.1, "walker2d": 1}.items():
+        assert pql.Config(algorithm="pql_d", env_id=env_id).reward_scale == scale
     assert pql.Config(env_id="ant", reward_scale=0.1).reward_scale == 0.1
 
 

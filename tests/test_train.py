@@ -321,6 +321,18 @@ def test_flags_of_the_environment(script, config):
     assert_equal(outcomes[0], outcomes[2])
 
 
+@only("random_statistics")
+def test_statistics_before_the_first_update(script, config):
+    """Of a rollout with random actions: the first update, too, learns from what they normalise."""
+    sizes = {"num_envs": 256, "num_steps": 64, "total_timesteps": 256 * 64}
+    train = script.make_train(dataclasses.replace(config, **sizes))
+    state = jax.jit(train.init)(jax.random.key(0))
+    assert state.statistics.count == 256 * 64 and not state.env.length.any()
+    # Cosine, sine and speed of a pendulum that is pushed at random.
+    assert (np.abs(state.statistics.mean) < [0.9, 0.2, 0.5]).all()
+    assert (state.statistics.var[:2] > 0.1).all() and 1 < state.statistics.var[2] < 64
+
+
 @struct.dataclass
 class ClockParams(environment.EnvParams):
     max_steps_in_episode: int = 5

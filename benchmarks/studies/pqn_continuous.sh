@@ -50,6 +50,5 @@ python benchmarks/studies/curves.py --out benchmarks/results/pqnc_parts \
     --flags="--env-id ant --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --eval-episodes 16 --total-timesteps 3e5" \
     --curve "PQN=pqn_continuous_action" \
     --curve "no penalty=pqn_continuous_action --penalty-coef 0" \
-    --curve "minimum of critics=pqn_continuous_action --critic-reduction min" \
     --curve "no layer norm=pqn_continuous_action --norm none" \
     --curve "lambda 0=pqn_continuous_action --td-lambda 0"
