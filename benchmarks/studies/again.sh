@@ -47,8 +47,3 @@ python benchmarks/studies/curves.py --out benchmarks/results/again_cramped_room 
     --title "Overcooked, cramped room, again" --num-seeds 5 \
     --flags="--env-id overcooked_cramped_room --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.2e6 --eval-interval 73 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl"
-
-python benchmarks/studies/curves.py --out benchmarks/results/again_ant_ddpg_n \
-    --title "ant, again" --num-seeds 5 \
-    --flags="--env-id ant --num-envs 128 --eval-episodes 16" \
-    --curve "DDPG(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 1.5e5 --algorithm ddpg_n"
