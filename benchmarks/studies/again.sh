@@ -42,8 +42,3 @@ python benchmarks/studies/curves.py --out benchmarks/results/again_humanoid_pqn 
     --title "humanoid, again" --num-seeds 5 \
     --flags="--env-id humanoid --eval-episodes 16" \
     --curve "PQN=pqn_continuous_action --num-envs 256 --num-minibatches 16 --actor-hidden-sizes 128 128 --critic-hidden-sizes 256 128 --learning-rate 2e-3 --gamma 0.97 --norm-reward --stddev-start 0.5 --eval-interval 12 --total-timesteps 4e5"
-
-python benchmarks/studies/curves.py --out benchmarks/results/again_cramped_room \
-    --title "Overcooked, cramped room, again" --num-seeds 5 \
-    --flags="--env-id overcooked_cramped_room --network mlp --hidden-size 128 --num-minibatches 8 --learning-rate 3e-4 --epsilon-finish 0.05 --shaping-decay 0.6 --eval-episodes 32 --total-timesteps 1.2e6 --eval-interval 73 --seed 1000" \
-    --curve "VDN=pqn_vdn_jaxmarl"
