@@ -265,6 +265,8 @@ def check_env(env_id: str, env, params, reset, step) -> None:
     for x in (obs, values[0], values[-1]["final_observation"]):
         if (got := getattr(x, "shape", type(x).__name__)) != shape:
             raise ValueError(f"{told} observation is {got}, but its space {shape}")
+    if values[2].shape:
+        raise ValueError(f"{told} reward has the shape {values[2].shape}; it has to be a number")
     if kinds := [x.dtype.name for x in values[3:5] if x.dtype != bool or x.shape]:
         raise ValueError(f"{told} terminated and truncated have to be booleans, not {kinds[0]}")
     if depends_on_limit(3) and depends_on_limit(4):
@@ -298,7 +300,7 @@ def make_env(env_id: str):
     return LogWrapper(FlattenObservationWrapper(env)), params
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Loops on a GPU: jax.lax.scan gives the same results ------------------------------------------
 
 
 def pack(tree):
@@ -351,6 +353,9 @@ def scan_packed(step, carry, inputs):
     return unpack(packed, carry), unpack(outputs, output)
 
 
+# --- Training -------------------------------------------------------------------------------------
+
+
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
@@ -382,8 +387,8 @@ def make_train(config: Config, value_loss=value_loss):
     metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
     ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
     or float fields of config.
-    To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
-    vmap turns the cond into a select and every update evaluates.
+    To vmap over states, give all of them one update number, as in jax.vmap(lambda state:
+    train(state=state._replace(update=n)))(states), or vmap makes every update evaluate.
     Another function of the same arguments may take the place of value_loss.
     Raises ValueError for an environment that it cannot train on.
     """
@@ -602,7 +607,7 @@ def load_config(run_dir: str | Path) -> Config:
 def start_devices(config: Config) -> Mesh:
     """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    divisors = [n for n in range(1, 64 + cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
@@ -893,7 +898,7 @@ def train_run(config: Config, signals: Sequence[float], stack: contextlib.ExitSt
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
     except BaseException:
-        say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        say(f"stopped; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
     exit_code = 128 + int(signal_number) if update < config.num_updates else 0
     log_wandb(run_dir, wandb_runs, exit_code)

@@ -119,7 +119,7 @@ class Config:
     n_steps: int = 3
     """Rewards in an n-step target."""
     reward_scale: float | None = None
-    """Scale of training rewards, not of reported ones. Default: 0.01 for ant and humanoid, with
+    """Scale of training rewards, not of reported ones. None: 0.01 for ant and humanoid, with
     pql_d 0.3 and 0.1; else 1: choose one that keeps values small. With pql_d, values must stay
     within value_bound, and n_steps rewards be wider than two atoms."""
     critic_updates: int = 8
@@ -127,7 +127,7 @@ class Config:
     policy_updates: int | None = None
     """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates.
 
-    Default: 4; 8 with ddpg_n and sac_n."""
+    None: 4; 8 with ddpg_n and sac_n."""
     buffer_size: int = 5_000_000
     """Transitions in each seed's replay, on the device; saved in every checkpoint."""
     batch_size: int = 8192
@@ -147,7 +147,7 @@ class Config:
     obs_clip: float | None = None
     """Clip range of the learners' normalised observations; the actor's are not clipped.
 
-    Default: 5; none (inf) with ddpg_n and sac_n."""
+    None: 5; none (inf) with ddpg_n and sac_n."""
     num_atoms: int = 51
     """Atoms of the return distribution (pql_d)."""
     value_bound: float = 10.0
@@ -477,6 +477,8 @@ def check_env(env_id: str, env, params, reset, step) -> None:
     for x in (obs, values[0], values[-1]["final_observation"]):
         if (got := getattr(x, "shape", type(x).__name__)) != shape:
             raise ValueError(f"{told} observation is {got}, but its space {shape}")
+    if values[2].shape:
+        raise ValueError(f"{told} reward has the shape {values[2].shape}; it has to be a number")
     if kinds := [x.dtype.name for x in values[3:5] if x.dtype != bool or x.shape]:
         raise ValueError(f"{told} terminated and truncated have to be booleans, not {kinds[0]}")
     if depends_on_limit(3) and depends_on_limit(4):
@@ -743,8 +745,8 @@ def make_train(config: Config):
     metrics is a flat dict of arrays [num_updates]; returns are NaN for updates in which no episode
     ended, and eval/* for updates without an evaluation. train can be jitted, and vmapped over keys
     or float fields of config.
-    To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
-    vmap turns the cond into a select and every update evaluates.
+    To vmap over states, give all of them one update number, as in jax.vmap(lambda state:
+    train(state=state._replace(update=n)))(states), or vmap makes every update evaluate.
     Raises ValueError for an environment that it cannot train on.
     """
     env = make_env(config.env_id, config.backend)
@@ -1018,7 +1020,7 @@ def load_config(run_dir: str | Path) -> Config:
 def start_devices(config: Config) -> Mesh:
     """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    divisors = [n for n in range(1, 64 + cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
@@ -1330,7 +1332,7 @@ def train_run(config: Config, signals: Sequence[float], stack: contextlib.ExitSt
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
     except BaseException:
-        say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        say(f"stopped; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
     exit_code = 128 + int(signal_number) if update < config.num_updates else 0
     log_wandb(run_dir, wandb_runs, exit_code)

@@ -612,7 +612,7 @@ def load_config(run_dir: str | Path) -> Config:
 def start_devices(config: Config) -> Mesh:
     """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    divisors = [n for n in range(1, 64 + cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
@@ -904,7 +904,7 @@ def train_run(config: Config, signals: Sequence[float], stack: contextlib.ExitSt
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
     except BaseException:
-        say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        say(f"stopped; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
     exit_code = 128 + int(signal_number) if update < config.num_updates else 0
     log_wandb(run_dir, wandb_runs, exit_code)

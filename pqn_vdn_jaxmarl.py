@@ -111,37 +111,37 @@ class Config:
     num_seeds: int = 1
     """Independent runs trained in parallel, spread over all devices."""
     total_timesteps: int | None = None
-    """Total environment steps per seed, with resets. Default: 1e7 on SMAX, 5e6 on Overcooked."""
+    """Total environment steps per seed, with resets. None: 1e7 on SMAX, 5e6 on Overcooked."""
 
     env_id: str = "smax_3m"
     """smax_<map>, such as smax_2s3z, or overcooked_<layout>, such as overcooked_coord_ring."""
     num_envs: int | None = None
-    """Parallel environments per seed. Default: 128 on SMAX, 64 on Overcooked."""
+    """Parallel environments per seed. None: 128 on SMAX, 64 on Overcooked."""
     num_steps: int | None = None
-    """Steps per environment in a rollout. Default: 128 on SMAX, 16 on Overcooked."""
+    """Steps per environment in a rollout. None: 128 on SMAX, 16 on Overcooked."""
 
     learning_rate: float | None = None
-    """Learning rate of RAdam. Default: 2.5e-4 on SMAX, 7.5e-5 on Overcooked."""
+    """Learning rate of RAdam. None: 2.5e-4 on SMAX, 7.5e-5 on Overcooked."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to zero."""
     gamma: float = 0.99
     """Discount factor."""
     td_lambda: float | None = None
-    """0 for one-step targets, 1 for Monte Carlo. Default: 0.85 on SMAX, 0.5 on Overcooked."""
+    """0 for one-step targets, 1 for Monte Carlo. None: 0.85 on SMAX, 0.5 on Overcooked."""
     epsilon_start: float = 1.0
     """Initial exploration rate."""
     epsilon_finish: float | None = None
-    """Final exploration rate. Default: 0.01 on SMAX, 0.2 on Overcooked."""
+    """Final exploration rate. None: 0.01 on SMAX, 0.2 on Overcooked."""
     epsilon_decay: float | None = None
-    """Fraction of the run with linear epsilon decay. Default: 0.1 on SMAX, 0.2 on Overcooked."""
+    """Fraction of the run with linear epsilon decay. None: 0.1 on SMAX, 0.2 on Overcooked."""
     num_epochs: int = 4
     """Passes over each rollout."""
     num_minibatches: int = 16
     """Minibatches per pass, each of whole environments; must divide num_envs."""
     max_grad_norm: float | None = None
-    """Maximum global norm of the gradients. Default: 1 on SMAX, 10 on Overcooked."""
+    """Maximum global norm of the gradients. None: 1 on SMAX, 10 on Overcooked."""
     reward_scale: float | None = None
-    """Scale of training rewards, not of reported ones. Default: 10 on SMAX, 1 on Overcooked."""
+    """Scale of training rewards, not of reported ones. None: 10 on SMAX, 1 on Overcooked."""
     shaping_decay: float = 0.5
     """Fraction of the run over which Overcooked's shaped rewards decay to zero; 0 for none.
 
@@ -150,11 +150,11 @@ class Config:
     """vdn: learn the sum of the agents' values; none: each alone (independent Q-learning), whose
     return ends with the step in which the agent dies. (In JaxMARL's, one step later.)"""
     network: Literal["gru", "mlp", "cnn"] | None = None
-    """cnn takes Overcooked's images only. Default: gru on SMAX, cnn on Overcooked."""
+    """cnn takes Overcooked's images only. None: gru on SMAX, cnn on Overcooked."""
     norm_input: Literal["batch_norm", "none"] | None = None
-    """Normalisation of the observations. Default: batch_norm on SMAX, none on Overcooked."""
+    """Normalisation of the observations. None: batch_norm on SMAX, none on Overcooked."""
     norm: Literal["layer_norm", "batch_norm", "none"] | None = None
-    """Normalisation after hidden layers. Default: batch_norm on SMAX, layer_norm on Overcooked."""
+    """Normalisation after hidden layers. None: batch_norm on SMAX, layer_norm on Overcooked."""
     hidden_size: int = 512
     """Units per hidden layer and of the GRU."""
     num_layers: int = 2
@@ -163,14 +163,14 @@ class Config:
     """Channels per convolution."""
     memory_window: int | None = None
     """Last steps of the rollout before that are learned from again, on which the GRU refreshes its
-    stored state; at most num_steps. Default: 4 on SMAX, 0 on Overcooked."""
+    stored state; at most num_steps. None: 4 on SMAX, 0 on Overcooked."""
     bootstrap_on_truncation: bool = True
     """Bootstrap at time limits; if off, treat them as terminal, as PureJaxQL does."""
 
     eval_interval: int | None = None
     """Updates between greedy evaluations (the last update always has one); 0 for none.
 
-    Default: 20 on SMAX, 200 on Overcooked."""
+    None: 20 on SMAX, 200 on Overcooked."""
     eval_episodes: int = 128
     """Episodes per evaluation, each in its own environment."""
 
@@ -475,7 +475,7 @@ def make_env(env_id: str):
     return reset, step, env
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Loops on a GPU: jax.lax.scan gives the same results ------------------------------------------
 
 
 def pack(tree):
@@ -528,6 +528,9 @@ def scan_packed(step, carry, inputs):
     return unpack(packed, carry), unpack(outputs, output)
 
 
+# --- Training -------------------------------------------------------------------------------------
+
+
 class TrainState(NamedTuple):
     """The complete training state; saved, it is a checkpoint."""
 
@@ -560,8 +563,8 @@ def make_train(config: Config):
     for config.num_updates by default. metrics is a flat dict of arrays [num_updates]; returns are
     NaN for updates in which no episode ended, and eval/* for updates without an evaluation. train
     can be jitted, and vmapped over keys or float fields of config.
-    To vmap over states, pass an unbatched update number, train(state=state._replace(update=n)), or
-    vmap turns the cond into a select and every update evaluates.
+    To vmap over states, give all of them one update number, as in jax.vmap(lambda state:
+    train(state=state._replace(update=n)))(states), or vmap makes every update evaluate.
     Raises ValueError for an environment that it cannot train on.
     """
     env_reset, env_step, env = make_env(config.env_id)
@@ -667,7 +670,7 @@ def make_train(config: Config):
         if not config.bootstrap_on_truncation:
             terminated |= truncated
         reward, *ends = (x[..., None] for x in (rollout.reward, terminated, truncated))
-        if config.mixer == "none":  # clear: dead after the step, or the next one masked as a reset
+        if config.mixer == "none":  # clear: dead after the step, which else is a masked reset
             ends[0] |= obs.clear[1:]
         target = lambda_returns(reward, next_values, *ends, config.gamma, config.td_lambda)
         mask = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
@@ -822,7 +825,7 @@ def load_config(run_dir: str | Path) -> Config:
 def start_devices(config: Config) -> Mesh:
     """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    divisors = [n for n in range(1, 4 * cores) if config.num_seeds % n == 0]
+    divisors = [n for n in range(1, 64 + cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
     os.environ.setdefault("NPROC", str(max(threads, 1)))
@@ -1113,7 +1116,7 @@ def train_run(config: Config, signals: Sequence[float], stack: contextlib.ExitSt
         if is_first:
             save_results(config, run_dir, params, seconds | {"updates": update, "device": device})
     except BaseException:
-        say(f"stopped at once; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
+        say(f"stopped; {to_resume if checkpoints.latest_step() else 'nothing was saved'}")
         raise
     exit_code = 128 + int(signal_number) if update < config.num_updates else 0
     log_wandb(run_dir, wandb_runs, exit_code)

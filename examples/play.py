@@ -331,7 +331,11 @@ def main(
     }
     make = next(make for name, make in makers.items() if hasattr(script, name))
 
-    player, key = make(script, config, variables, num_episodes), jax.random.key(0)
+    key = jax.random.key(0)
+    try:
+        player = make(script, config, variables, num_episodes)
+    except ValueError as error:  # no such environment: docs/environments.md
+        sys.exit(str(error))
     returns, lengths = jax.jit(lambda key: score(player, key, num_episodes))(key)
     print(
         f"return {returns.mean():.1f} ± {returns.std():.1f} (mean and standard deviation of "

@@ -113,19 +113,30 @@ def main(
         max_per_device: At most this many agents at once on a GPU or TPU.
         out: Where the table and the picture go, without suffix.
     """
-    module = importlib.import_module(script)
+    try:
+        module = importlib.import_module(script)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{script} is no script: {error}")
     if hasattr(module, "Games"):
         sys.exit(f"{script} trains one seed per process: its emulators are outside JAX")
     mesh, agents_per_device = start_devices(max_per_device)
     config = module.parse_args(shlex.split(flags))
     names = [text.partition("=")[0].replace("-", "_") for text in grid]
-    values = [[float(value) for value in text.partition("=")[2].split(",")] for text in grid]
-    settings = np.array(list(itertools.product(*values)), np.float32)
+    if num_seeds < 2 or names[0] == names[1]:
+        sys.exit("it takes two fields and, for a standard error, two seeds or more")
     for name in names:
         if not isinstance(getattr(config, name, None), float):
             sys.exit(f"{name} is not a float field of {script}.Config: only those can be traced")
-    for setting in settings.tolist():  # raises ValueError for values that it cannot take
-        dataclasses.replace(config, **dict(zip(names, setting, strict=True)))
+    try:
+        values = [[float(value) for value in text.partition("=")[2].split(",")] for text in grid]
+        settings = np.array(list(itertools.product(*values)), np.float32)
+        for setting in settings.tolist():
+            dataclasses.replace(config, **dict(zip(names, setting, strict=True)))
+        columns = jax.eval_shape(module.make_train(config), jax.random.key(0))[1]
+    except ValueError as error:
+        sys.exit(str(error))
+    if metric not in columns:
+        sys.exit(f"--metric is {metric}; it takes one of {', '.join(columns)}")
 
     program = make_program(module, config, names, metric, mesh)
     agents_per_call = mesh.size * min(agents_per_device, -(-len(settings) * num_seeds // mesh.size))

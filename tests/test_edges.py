@@ -258,6 +258,12 @@ class DictObservation(Ring):
         return {"place": obs}, *rest
 
 
+class ArrayReward(Ring):
+    def step_env(self, key, state, action, params):
+        obs, state, reward, *rest = super().step_env(key, state, action, params)
+        return obs, state, reward[None], *rest
+
+
 class FloatDone(Ring):
     def step(self, key, state, action, params):
         obs, state, reward, terminated, *rest = super().step(key, state, action, params)
@@ -276,6 +282,7 @@ BROKEN = {
     NoFinalObservation: "step has to return obs, state, reward, terminated, truncated, info with",
     WrongSpace: "observation is (5,), but its space (5, 1)",
     DictObservation: "observation is dict, but its space (5,)",
+    ArrayReward: "reward has the shape (1,); it has to be a number",
     FloatDone: "terminated and truncated have to be booleans, not float32",
 }
 

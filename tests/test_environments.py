@@ -106,7 +106,7 @@ def test_a_run_is_resumed_through_its_adapter(monkeypatch, tmp_path, capsys):
     (folder,) = tmp_path.iterdir()
     last_line = capsys.readouterr().err.splitlines()[-1]
     command = f"python -u {adapter}.py pqn_cartpole --resume {folder}"
-    assert last_line == f"stopped at once; to resume: {command}"
+    assert last_line == f"stopped; to resume: {command}"
 
 
 def test_environment_of_the_docs():

@@ -223,7 +223,7 @@ def test_ctrl_c(command):
     time.sleep(1.1)
     process.send_signal(signal.SIGINT)
     _, errors = finish(process, code=128 + signal.SIGINT)
-    assert errors.splitlines()[-1].startswith("stopped at once; to resume: ")
+    assert errors.splitlines()[-1].startswith("stopped; to resume: ")
 
 
 @pytest.mark.parametrize("command", ["pqn_cartpole"], indirect=True)
