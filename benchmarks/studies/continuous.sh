@@ -26,12 +26,12 @@ python benchmarks/studies/example.py --out benchmarks/results/pql_d_ant \
     "examples/sweep.py pql_isaac_style value_bound=2,5,10,20,50 reward_scale=0.01,0.03,0.1,0.3 --num-seeds 2 --metric eval/episodic_return --flags='--algorithm pql_d --env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --eval-interval 100 --eval-episodes 16 --total-timesteps 1.5e5 --seed 300'"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_humanoid \
-    --title humanoid --num-seeds 5 --in-turns --x steps seconds \
+    --title humanoid --num-seeds 5 --in-turns \
     --flags="--env-id humanoid --num-envs 128 --eval-episodes 16" \
     --curve "PQL=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5" \
     --curve "PQL-D=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm pql_d --value-bound 20" \
-    --curve "DDPG(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm ddpg_n --policy-updates 8" \
-    --curve "SAC(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm sac_n --policy-updates 8" \
+    --curve "DDPG(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm ddpg_n" \
+    --curve "SAC(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm sac_n" \
     --curve "PPO=ppo_continuous_action --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 6 --total-timesteps 4e5"
 
 python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
