@@ -24,6 +24,7 @@ Equations, details, metrics and results: docs/dqn.md
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import math
@@ -579,7 +580,8 @@ def parse_args(args: list[str]) -> Config:
             saved = {"default": load_config(word.removeprefix("--resume="))}
         words += parts
     # Without a default made here: its fields would hold what another environment defaults to.
-    return tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", **saved)
+    description = f"{__doc__}\n{inspect.cleandoc(Config.__doc__)}"
+    return tyro.cli(Config, args=words, description=description, **saved)
 
 
 def load_config(run_dir: str | Path) -> Config:

@@ -30,6 +30,7 @@ Equations, details, metrics and results: docs/pql.md
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import logging
@@ -126,7 +127,6 @@ class Config:
     """Critic updates per step of all environments; the paper's beta_a:v is 1:critic_updates."""
     policy_updates: int | None = None
     """Policy updates per step of all environments; beta_p:v is policy_updates:critic_updates.
-
     None: 4; 8 with ddpg_n and sac_n."""
     buffer_size: int = 5_000_000
     """Transitions in each seed's replay, on the device; saved in every checkpoint."""
@@ -146,7 +146,6 @@ class Config:
     """Clip range of the noise on the next actions in targets (not sac_n)."""
     obs_clip: float | None = None
     """Clip range of the learners' normalised observations; the actor's are not clipped.
-
     None: 5; none (inf) with ddpg_n and sac_n."""
     num_atoms: int = 51
     """Atoms of the return distribution (pql_d)."""
@@ -1002,7 +1001,8 @@ def parse_args(args: list[str]) -> Config:
             saved = {"default": load_config(word.removeprefix("--resume="))}
         words += parts
     # Without a default made here: its fields would hold what another environment defaults to.
-    return tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", **saved)
+    description = f"{__doc__}\n{inspect.cleandoc(Config.__doc__)}"
+    return tyro.cli(Config, args=words, description=description, **saved)
 
 
 def load_config(run_dir: str | Path) -> Config:

@@ -26,6 +26,7 @@ Equations, details, metrics and results: docs/pqn_vdn.md
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import logging
@@ -144,7 +145,6 @@ class Config:
     """Scale of training rewards, not of reported ones. None: 10 on SMAX, 1 on Overcooked."""
     shaping_decay: float = 0.5
     """Fraction of the run over which Overcooked's shaped rewards decay to zero; 0 for none.
-
     Reported returns exclude them."""
     mixer: Literal["vdn", "none"] = "vdn"
     """vdn: learn the sum of the agents' values; none: each alone (independent Q-learning), whose
@@ -169,7 +169,6 @@ class Config:
 
     eval_interval: int | None = None
     """Updates between greedy evaluations (the last update always has one); 0 for none.
-
     None: 20 on SMAX, 200 on Overcooked."""
     eval_episodes: int = 128
     """Episodes per evaluation, each in its own environment."""
@@ -807,7 +806,8 @@ def parse_args(args: list[str]) -> Config:
             saved = {"default": load_config(word.removeprefix("--resume="))}
         words += parts
     # Without a default made here: its fields would hold what another environment defaults to.
-    return tyro.cli(Config, args=words, description=f"{__doc__}\n{Config.__doc__}", **saved)
+    description = f"{__doc__}\n{inspect.cleandoc(Config.__doc__)}"
+    return tyro.cli(Config, args=words, description=description, **saved)
 
 
 def load_config(run_dir: str | Path) -> Config:
