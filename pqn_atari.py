@@ -351,18 +351,18 @@ def make_env(config: Config, num_envs: int, episodic_life: bool):
     EMULATORS.append(env)
     _, ale_reset, ale_step = env.xla()
 
-    def start(info):
+    def first_frame(info):
         return info["frame_number"] - info["episode_frame_number"]
 
     def reset(handle, key):
         seeds = jax.random.bits(key, (num_envs,), jnp.uint32) >> 1
         handle, (obs, info) = ale_reset(handle, seeds)
         zeros = jnp.zeros(num_envs, jnp.int32)
-        return Games(handle, obs, start(info), zeros.astype(jnp.float32), zeros)
+        return Games(handle, obs, first_frame(info), zeros.astype(jnp.float32), zeros)
 
     def step(games, action):
         handle, (obs, reward, terminated, truncated, info) = ale_step(games.handle, action)
-        is_reset = start(info) != games.first_frame  # a new game has begun
+        is_reset = first_frame(info) != games.first_frame  # a new game has begun
         episode = {
             "returned_episode": is_reset,
             "returned_episode_returns": games.episode_return,
@@ -370,7 +370,7 @@ def make_env(config: Config, num_envs: int, episodic_life: bool):
         }
         episode_return = jnp.where(is_reset, 0, games.episode_return + reward)
         episode_length = jnp.where(is_reset, 0, games.episode_length + 1)
-        games = Games(handle, obs, start(info), episode_return, episode_length)
+        games = Games(handle, obs, first_frame(info), episode_return, episode_length)
         return games, (reward, terminated, truncated, is_reset, episode)
 
     handle = np.frombuffer(env.ale.handle(), np.uint8)

@@ -261,7 +261,7 @@ class LSTM(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """Encoder, LSTM, output: obs [T, B, obs_dim], last_action, start [T, B] to [T, B, num_actions].
+    """Encoder, LSTM, output: obs [T, B, obs_dim], last_action, clear [T, B] to [T, B, num_actions].
 
     clear marks the first step of an episode; hidden is the LSTM's state before the first step.
     """
