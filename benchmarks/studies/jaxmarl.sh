@@ -37,7 +37,7 @@ python benchmarks/studies/curves.py --out benchmarks/results/vdn_asymm_advantage
 
 # The reference at these sizes, and ours without its batch normalisation and window.
 python benchmarks/studies/curves.py --out benchmarks/results/vdn_smax_3m_peer \
-    --title "SMAX 3m" --metric eval/win_rate --num-seeds 5 --x steps seconds \
+    --title "SMAX 3m" --metric eval/win_rate --num-seeds 5 \
     --flags="--env-id smax_3m --num-envs 64 --num-steps 32 --hidden-size 64 --num-layers 1 --num-minibatches 8 --learning-rate 5e-4 --epsilon-finish 0.05 --eval-episodes 256 --total-timesteps 1e6 --eval-interval 24 --seed 1000" \
     --curve "VDN=pqn_vdn_jaxmarl" \
     --curve "VDN, layer norm, no window=pqn_vdn_jaxmarl --norm layer_norm --norm-input none --memory-window 0" \
