@@ -2,8 +2,8 @@
 
 Parallelised Q-Network: Gallici et al., "Simplifying Deep Temporal Difference Learning", ICLR 2025,
 arXiv 2407.04811. Unlike DQN, it has no replay buffer and no target network: layer normalisation is
-to keep Q-learning stable, many parallel environments decorrelate the data, and each rollout is used
-for a few epochs, with its lambda-returns as targets, and then dropped.
+meant to stabilise Q-learning, many parallel environments decorrelate the data, and each rollout is
+used for a few epochs, with its lambda-returns as targets, and then dropped.
 
 Equations, details, metrics and results: docs/pqn.md
 
@@ -603,6 +603,7 @@ def load_config(run_dir: str | Path) -> Config:
 def start_devices(config: Config) -> Mesh:
     """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # On a CPU, more devices than cores cost little: 11 seeds are a device each.
     divisors = [n for n in range(1, 64 + cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
@@ -668,7 +669,7 @@ def make_programs(config: Config, train, mesh: Mesh):
 
 
 def start_run(config: Config, run_dir: Path, stack: contextlib.ExitStack):
-    """Locks the folder; wandb's runs and the checkpoints. All hosts get them, or none."""
+    """Locks the folder, returns wandb's runs and the checkpoints; all hosts get them, or none."""
     wandb_runs, is_ready = [], False
     try:
         if jax.process_index() == 0:

@@ -669,7 +669,7 @@ def make_train(config: Config):
         if not config.bootstrap_on_truncation:
             terminated |= truncated
         reward, *ends = (x[..., None] for x in (rollout.reward, terminated, truncated))
-        if config.mixer == "none":  # clear: dead after the step, which else is a masked reset
+        if config.mixer == "none":  # clear after a step: the agent died, or it was a masked reset
             ends[0] |= obs.clear[1:]
         target = lambda_returns(reward, next_values, *ends, config.gamma, config.td_lambda)
         mask = jnp.broadcast_to(~rollout.is_reset[..., None], values.shape)
@@ -825,6 +825,7 @@ def load_config(run_dir: str | Path) -> Config:
 def start_devices(config: Config) -> Mesh:
     """The device mesh for the seeds, with the same number of devices on every host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # On a CPU, more devices than cores cost little: 11 seeds are a device each.
     divisors = [n for n in range(1, 64 + cores) if config.num_seeds % n == 0]
     num_devices = max(divisors, key=lambda n: (min(n, cores), -n))  # few that keep all cores busy
     threads = cores // num_devices if config.batch_size >= THREADED_BATCH else 1
@@ -890,7 +891,7 @@ def make_programs(config: Config, train, mesh: Mesh):
 
 
 def start_run(config: Config, run_dir: Path, stack: contextlib.ExitStack):
-    """Locks the folder; wandb's runs and the checkpoints. All hosts get them, or none."""
+    """Locks the folder, returns wandb's runs and the checkpoints; all hosts get them, or none."""
     wandb_runs, is_ready = [], False
     try:
         if jax.process_index() == 0:

@@ -54,6 +54,24 @@ def test_sweep(mesh, monkeypatch, tmp_path, capsys):
         sweep.main("ppo_cartpole", ("num_envs=4,8", grid[1]))
 
 
+@pytest.mark.parametrize(
+    "script, second, options, told",
+    [
+        ("no_such_script", "gae_lambda=0.5,0.9", {}, "no_such_script is no script"),
+        ("ppo_cartpole", "gae_lambda=0.5,2", {}, "--gae-lambda is 2.0"),
+        ("ppo_cartpole", "gae_lambda", {}, "could not convert"),
+        ("ppo_cartpole", "learning_rate=1e-4", {}, "it takes two fields"),
+        ("ppo_cartpole", "gae_lambda=0.5,0.9", {"num_seeds": 1}, "it takes two fields"),
+        ("ppo_cartpole", "gae_lambda=0.5,0.9", {"metric": "no/such"}, "--metric is no/such"),
+    ],
+)
+def test_sweep_of_something_wrong(script, second, options, told, mesh, monkeypatch):
+    sweep = importlib.import_module("sweep")
+    monkeypatch.setattr(sweep, "start_devices", lambda max_per_device: (mesh, 2))
+    with pytest.raises(SystemExit, match=f"^{told}"):
+        sweep.main(script, ("learning_rate=1e-4,1e-3", second), **options)
+
+
 def test_sweep_of_emulators_is_refused(mesh, monkeypatch):
     """Emulators are outside JAX: several agents would share them, and XLA hang or crash."""
     sweep = importlib.import_module("sweep")
@@ -211,6 +229,15 @@ def test_play_of_a_wrong_seed(tmp_path):
     for seed in (2, -1):
         with pytest.raises(SystemExit, match=f"--seed is {seed}; it takes a number from 0 to 1$"):
             importlib.import_module("play").main(tmp_path, seed=seed)
+
+
+def test_play_of_an_unknown_environment(tmp_path):
+    """As one that only its own program registers."""
+    config = {"script": "pqn_cartpole", "env_id": "Mine"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "params.msgpack").write_bytes(serialization.msgpack_serialize({"x": np.ones(1)}))
+    with pytest.raises(SystemExit, match=r"^--env-id is Mine; it takes one of"):
+        importlib.import_module("play").main(tmp_path)
 
 
 def test_quickstart(tmp_path, monkeypatch):

@@ -314,6 +314,17 @@ def test_stopped_by_a_signal(tmp_path, monkeypatch):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("num_seeds, num_devices", [(1, 1), (6, 2), (7, 7), (11, 11)])
+def test_seeds_keep_all_cores_busy(num_seeds, num_devices, monkeypatch):
+    """A CPU of two cores, as JAX is told before it starts."""
+    told = {}
+    monkeypatch.setenv("NPROC", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(script.jax.config, "update", told.__setitem__)
+    script.start_devices(dataclasses.replace(TINY, num_seeds=num_seeds))
+    assert told == {"jax_num_cpu_devices": num_devices}
+
+
 def test_chunks_of_a_prime_number_of_updates():
     """As long as others; chunks of a single update had the host work as long as the device."""
     config = dataclasses.replace(TINY, total_timesteps=4099 * TINY.steps_per_update)

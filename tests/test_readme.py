@@ -15,11 +15,12 @@ def test_code_runs(tmp_path, monkeypatch, capsys):
     training = re.search(r"python (pqn_cartpole.py .*--runs-dir runs/short)", README)[1].split()
     tiny = "--total-timesteps=2048", "--hidden-size=16", "--eval-episodes=4"  # in less time
     pqn_cartpole.main(pqn_cartpole.parse_args([*training[1:], *tiny]))
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    code = code.replace("hidden_size=64", "hidden_size=16, eval_episodes=4")
-    code = code.replace("total_timesteps=20_480", "total_timesteps=1280, num_steps=4")
+    text = README.replace("hidden_size=64", "hidden_size=16, eval_episodes=4")
+    text = text.replace("total_timesteps=20_480", "total_timesteps=1280, num_steps=4")
+    first, second, *others = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     capsys.readouterr()
-    exec(code, {"__name__": "readme"})
+    for code in (first + second, *others):  # others stand alone, in sections of their own
+        exec(code, {"__name__": "readme"})
     shape, greedy, q_values, length = capsys.readouterr().out.splitlines()
     assert shape == "(3, 10)"
     assert len(greedy.strip("[]").split()) == 3 and len(q_values.strip("[]").split()) == 2

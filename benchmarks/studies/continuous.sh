@@ -34,6 +34,12 @@ python benchmarks/studies/curves.py --out benchmarks/results/pql_humanoid \
     --curve "SAC(n)=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm sac_n" \
     --curve "PPO=ppo_continuous_action --num-steps 32 --num-minibatches 16 --gamma 0.97 --initial-stddev 0.5 --eval-interval 6 --total-timesteps 4e5"
 
+# PQL-D with its default support, which is half as wide as above.
+python benchmarks/studies/curves.py --out benchmarks/results/pql_d_humanoid \
+    --title humanoid --num-seeds 3 --in-turns \
+    --flags="--env-id humanoid --num-envs 128 --eval-episodes 16" \
+    --curve "PQL-D=pql_isaac_style --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --total-timesteps 2e5 --algorithm pql_d"
+
 python benchmarks/studies/curves.py --out benchmarks/results/pql_exploration \
     --title "ant, exploration noise" --num-seeds 5 \
     --flags="--env-id ant --num-envs 128 --num-steps 64 --batch-size 256 --hidden-sizes 128 128 --buffer-size 500000 --reward-scale 0.1 --eval-interval 3 --eval-episodes 16 --total-timesteps 1.5e5" \
